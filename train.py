@@ -14,22 +14,22 @@ It writes out_dir/model.pt (to use), out_dir/last.pt (to resume with --resume=Tr
 # The defaults train the copy task. With --src, those of `text_recipe` below take their place.
 src = ""                    # source side of the training text, one sentence a line, plain or .gz; "": the copy task
 tgt = ""                    # target side: line i is the translation of line i of src
-val_src = ""                # validation text, likewise
-val_tgt = ""
+val_src = ""                # validation text, likewise; "": none
+val_tgt = ""                # and its target side
 out_dir = "out"             # everything this run writes goes here
 # text
 vocab_size = 11             # ids, both languages together; on text: 3 specials, 256 bytes, and merges
 max_len = 256               # ids; longer sentences are left out of training, and counted
 max_ratio = 5.0             # a pair is left out if one side is more than this many times the other, plus 5 ids
 bleu_tokenize = "13a"       # how BLEU splits words: 13a, sacreBLEU's default, or none for text that is split already
-# model: the names and meanings of transformer.Config
-d_model = 64
-d_ff = 128
-n_heads = 4
-n_encoder_layers = 2
-n_decoder_layers = 2
-dropout = 0.1
-norm_first = False
+# model: as in transformer.Config
+d_model = 64                # width
+d_ff = 128                  # inner width of the feed-forward networks
+n_heads = 4                 # attention heads
+n_encoder_layers = 2        # layers that read the source
+n_decoder_layers = 2        # layers that write the target
+dropout = 0.1               # probability
+norm_first = False          # False: the paper's post-norm; True: pre-norm
 # optimisation
 batch_tokens = 2048         # source ids, and target ids, of a micro-batch, padding included
 accumulate = 1              # micro-batches whose gradients make one step, on each process
@@ -45,10 +45,10 @@ average_last = 1            # model.pt is the mean of this many checkpoints, the
 eval_interval = 200         # steps between validations
 checkpoint_interval = 200   # steps between checkpoints
 log_interval = 50           # steps between progress lines
-beam_size = 4               # §6.1
-length_penalty = 0.6
+beam_size = 4               # hypotheses for each sentence in the final BLEU (§6.1)
+length_penalty = 0.6        # its alpha
 # the machine
-seed = 1
+seed = 1                    # of weights, batches and dropout
 device = "auto"             # cpu, cuda, cuda:1, mps; auto: cuda where there is one
 dtype = "auto"              # bfloat16, float16 or float32 for matrix products; auto: the fastest that is safe
 compile = "auto"            # True, False; auto: where the run is long enough to win back the minute it takes
@@ -271,16 +271,20 @@ def plan_epoch(corpus, epoch, seed):
     rng = np.random.default_rng((seed, epoch))
     n_src, n_tgt = corpus.n_src + 1, corpus.n_tgt + 1                       # with EOS
     src_widths, tgt_widths = widths(n_src), widths(n_tgt)
-    S, T = src_widths[np.searchsorted(src_widths, n_src)], tgt_widths[np.searchsorted(tgt_widths, n_tgt)]
-    order = np.lexsort((rng.random(len(corpus)), n_src, T))                 # alike in both lengths, otherwise at random
+    S, T = src_widths[np.searchsorted(src_widths, n_src)], tgt_widths[group := np.searchsorted(tgt_widths, n_tgt)]
+    # Alike in both lengths, otherwise at random: by target width, and within it by source length, up and down in turn.
+    order = np.lexsort((rng.random(len(corpus)), np.where(group % 2, -n_src, n_src), T))
     batches, at = [], 0
     while at < len(order):
         window = order[at:at + batch_tokens]
         wide = np.maximum.accumulate(np.maximum(S[window], T[window]))
         n = max(1, int((np.arange(1, len(window) + 1) * wide <= batch_tokens).sum()))
+        # A batch of two widths pads the narrower rows. It ends where the width changes, if it is half full by then.
         rows = window[:n]
+        changes = 1 + np.flatnonzero(np.diff(S[rows]) | np.diff(T[rows]))
+        rows = rows[:changes[-1]] if len(changes) and changes[-1] >= n / 2 else rows
         batches.append((rows, int(S[rows].max()), int(T[rows].max())))
-        at += n
+        at += len(rows)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 

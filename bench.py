@@ -1,0 +1,196 @@
+"""
+What you need to believe the numbers: this model and torch.nn.Transformer, on the same ids, in one run.
+
+    python bench.py                                   # a small model, about two minutes on two CPU cores
+    python bench.py --size=base --batch=32            # the paper's base model
+    torchrun --nproc_per_node=2 bench.py              # adds what a second process brings
+
+Prints a table for people and, as the last line, one JSON object for programs. Tokens are real ones, padding not counted.
+"""
+
+# ---- settings ---------------------------------------------------------------
+size = "small"              # tiny 128/256/4/4+4, small 256/1024/4/3+3, base 512/2048/8/6+6, copy 64/128/4/2+2
+batch = 64                  # sentence pairs in a step
+length = 32                 # ids in the longest sentence; the shortest has half of that
+vocab_size = 8000
+steps = 8                   # timed steps; the median counts
+decode_batch = 32           # sentences decoded together
+decode_len = 32             # ids decoded for each
+device = "auto"             # cpu or cuda; auto: cuda where there is one
+dtype = "auto"              # bfloat16 or float32; auto: bfloat16 where the hardware has it
+compile = True              # the training step of this model; torch.nn.Transformer runs as its documentation shows
+seed = 1
+# ---- end of settings --------------------------------------------------------
+
+import sys
+
+from train import Loss, flops, matmul_rate, override
+
+settings = {name: value for name, value in globals().items() if not name.startswith("_") and type(value) in (bool, int, float, str)}
+if __name__ == "__main__":
+    globals().update(override(settings, sys.argv[1:], __file__))
+
+import json
+import os
+import resource
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from transformer import BOS, EOS, PAD, Config, Transformer, beam_search, fail, has_bfloat16, sinusoids
+
+SIZES = {"copy": (64, 128, 4, 2), "tiny": (128, 256, 4, 4), "small": (256, 1024, 4, 3), "base": (512, 2048, 8, 6), "big": (1024, 4096, 16, 6)}
+
+
+class TorchTransformer(nn.Module):
+    """torch.nn.Transformer with what it lacks, embeddings and masks, put together as its documentation suggests."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embedding = nn.Embedding(c.vocab_size, c.d_model)
+        nn.init.normal_(self.embedding.weight, 0, c.d_model ** -0.5)
+        self.core = nn.Transformer(c.d_model, c.n_heads, c.n_encoder_layers, c.n_decoder_layers, c.d_ff, c.dropout,
+                                   batch_first=True, norm_first=True)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def embed(self, ids):
+        D = self.embedding.embedding_dim
+        return self.dropout(self.embedding(ids) * D ** 0.5 + sinusoids(torch.arange(ids.size(1), device=ids.device), D))
+
+    def forward(self, src, tgt_in):
+        causal = nn.Transformer.generate_square_subsequent_mask(tgt_in.size(1), device=src.device, dtype=torch.bool)
+        states = self.core(self.embed(src), self.embed(tgt_in), tgt_mask=causal, tgt_is_causal=True, src_key_padding_mask=src == PAD,
+                           tgt_key_padding_mask=tgt_in == PAD, memory_key_padding_mask=src == PAD)
+        return F.linear(states, self.embedding.weight)
+
+
+def greedy(model, src, n):
+    """Greedy decoding with a model that has no cache: every step computes the whole prefix again. -> (B, n)"""
+    ids = torch.full((len(src), 1), BOS, device=src.device)
+    with torch.inference_mode():
+        for _ in range(n):
+            ids = torch.cat((ids, model(src, ids)[:, -1:, EOS:].argmax(-1) + EOS), 1)
+    return ids[:, 1:]
+
+
+def timed(fn, n, sync, warmup=2):
+    """Median seconds of n calls."""
+    times = []
+    for i in range(n + warmup):
+        sync()
+        start = time.perf_counter()
+        fn()
+        sync()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warmup:])
+
+
+def main():
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if size not in SIZES:
+        fail(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        fail(f"--dtype must be auto, float32 or bfloat16, got {dtype!r}")
+    for name in ("batch", "length", "steps", "decode_batch", "decode_len"):
+        if globals()[name] < 1:
+            fail(f"--{name} must be at least 1, got {globals()[name]}")
+    if vocab_size < 4:
+        fail(f"--vocab_size must be at least 4, got {vocab_size}")
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dev = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    cuda = dev.type == "cuda"
+    sync = torch.cuda.synchronize if cuda else lambda: None
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+        if not cuda:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.optimize_ddp = False
+    low = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and has_bfloat16(dev) else torch.float32
+    D, FF, H, N = SIZES[size]
+    config = Config(vocab_size=vocab_size, d_model=D, d_ff=FF, n_heads=H, n_encoder_layers=N, n_decoder_layers=N, norm_first=True)
+    rate = matmul_rate(dev, low)
+
+    torch.manual_seed(seed)
+    lengths = torch.randint(max(1, length // 2), length + 1, (batch,))
+    real = torch.arange(length) < lengths[:, None]
+    src = torch.randint(EOS + 1, vocab_size, (batch, length)).where(real, PAD).to(dev)
+    tgt_out = torch.randint(EOS + 1, vocab_size, (batch, length)).where(real, PAD)
+    tgt = torch.cat((torch.full((batch, 1), BOS), tgt_out), 1).to(dev)
+    n_tokens = 2 * int(real.sum())
+    step_flops = flops(config, n_tokens // 2, n_tokens // 2, n_tokens / 2 / batch, n_tokens / 2 / batch)
+    rows = []
+
+    def train(model, amp, compiled, parallel=False):
+        """Seconds of one training step: forward, loss, backward, Adam."""
+        loss_fn = Loss(model.train(), 0.1)
+        if compiled:
+            loss_fn.compile()
+        call = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[dev.index] if cuda else None) if parallel else loss_fn
+        optimizer = torch.optim.Adam(model.parameters(), 1e-4, (0.9, 0.98), 1e-9, fused=True)
+
+        def step():
+            with torch.autocast(dev.type, torch.bfloat16, enabled=amp):
+                smoothed, _ = call(src, tgt)
+            (smoothed / (n_tokens / 2)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return timed(step, steps, sync)
+
+    def row(what, seconds, tokens, work=None):
+        rows.append({"what": what, "tokens_per_second": tokens / seconds, "ms": 1e3 * seconds,
+                     "share_of_matmul_rate": work / seconds / rate if work else None})
+        if rank == 0:
+            share = f"{work / seconds / rate:6.0%}" if work else ""
+            print(f"{what:<46}{tokens / seconds:>12,.0f} tok/s{1e3 * seconds:>11,.1f} ms {share}", flush=True)
+
+    if rank == 0:
+        gpu = torch.cuda.get_device_name(dev) if cuda else f"{torch.get_num_threads()} threads"
+        print(f"{size}: {D}/{FF}/{H}/{N}+{N}, {vocab_size:,} words; {n_tokens:,} real ids a step, {1 - n_tokens / 2 / real.numel():.0%} padding\n"
+              f"{dev} ({gpu}), torch {torch.__version__}, {rate / 1e12:.3f} TFLOP/s in {str(low).removeprefix('torch.')} matrix products, world {world}\n")
+
+    half = "bfloat16" if low == torch.bfloat16 else "float32"
+    result = {"size": size, "device": str(dev), "torch": torch.__version__, "world": world, "matmul_tflops": rate / 1e12, "rows": rows}
+    torch.manual_seed(seed)
+    model = Transformer(config).to(dev)
+    if world > 1:
+        # The same process with the same threads, first alone, then all together.
+        alone = train(model, low != torch.float32, compile) if rank == 0 else 0.0
+        dist.barrier()
+        together = train(Transformer(config).to(dev), low != torch.float32, compile, parallel=True)
+        if rank == 0:
+            row("train, one process", alone, n_tokens, step_flops)
+            row(f"train, {world} processes", together, n_tokens * world, step_flops)
+            n_bytes = 4 * sum(p.numel() for p in model.parameters())
+            print(f"scaling efficiency {alone / together:.0%}; one all-reduce of {n_bytes / 1e6:,.1f} MB a step")
+            result |= {"scaling_efficiency": alone / together, "all_reduce_bytes": n_bytes}
+        dist.barrier()
+        dist.destroy_process_group()
+    else:
+        reference = TorchTransformer(config).to(dev)
+        row("train, torch.nn.Transformer, float32", slow := train(reference, False, False), n_tokens, step_flops)
+        fast = train(model, low != torch.float32, compile)
+        row(f"train, this model, {half}{', compiled' if compile else ''}", fast, n_tokens, step_flops)
+        result["train_speedup"] = slow / fast
+        source = src[:1, :24].repeat(decode_batch, 1).clamp(min=EOS + 1)
+        generated = decode_batch * decode_len
+        model, reference = model.eval().to(low), reference.eval()
+        row("greedy, torch.nn.Transformer, no cache, float32", slow := timed(lambda: greedy(reference, source, decode_len), 1, sync, 1), generated)
+        for beam in (1, 4):
+            fast = timed(lambda: beam_search(model, source, beam, max_len=decode_len, min_len=decode_len), 3, sync, 1)
+            row(f"{'greedy' if beam == 1 else 'beam 4'}, this model, {half}", fast, generated)
+            result[f"decode_speedup_beam_{beam}"] = slow / fast
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result["peak_memory_bytes"] = peak
+        print(f"\ntraining {result['train_speedup']:.1f}x, greedy decoding {result['decode_speedup_beam_1']:.1f}x torch.nn.Transformer; "
+              f"peak memory {peak / 1e9:.2f} GB")
+    if rank == 0:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,802 @@
+"""
+What the three scripts promise, tested. python -m pytest -q
+
+The oracles here are the slow, obvious versions: loops for attention, all sequences for beam search, recounting for BPE,
+torch.nn.Transformer for the layers. Inputs are random and new at every run; a failure prints the seed to repeat it:
+SEED=123 python -m pytest -q
+"""
+
+import gzip
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import train as T
+import transformer as M
+from transformer import BASE, BIG, BOS, EOS, PAD, Config, Tokenizer, Transformer, beam_search
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SEED = int(os.environ.get("SEED", time.time_ns() % 100_000))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    print(f"SEED={SEED}")           # pytest shows it when a test fails
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+
+
+def small(**changes):
+    """A small random model whose logits are far apart, and its config."""
+    settings = dict(vocab_size=13, d_model=16, n_heads=4, d_ff=24, n_encoder_layers=2, n_decoder_layers=2) | changes
+    model = Transformer(Config(**settings)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.4) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def random_batch(n=6, vocab=13, longest=9):
+    """Right-padded random ids of random lengths, at least 1."""
+    ids = torch.randint(3, vocab, (n, longest))
+    return ids.masked_fill(torch.arange(longest) >= torch.randint(1, longest + 1, (n, 1)), PAD)
+
+
+def run(*argv, **options):
+    return subprocess.run([sys.executable, *argv], cwd=HERE, capture_output=True, text=True, timeout=170, **options)
+
+
+def one_line_error(result):
+    """A user's mistake: exit status 2 and exactly one line, no traceback. -> the line"""
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
+    return result.stderr
+
+
+# ---- the model ----------------------------------------------------------------
+
+def n_parameters(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def test_parameter_counts_of_table_3():
+    # The paper gives millions and leaves the exact vocabulary open ("about 37000"). With 37,000 the base model has 63.0M
+    # where Table 3 says 65M. A vocabulary of 41,100 reproduces every row to its rounding but one: big, which Table 3
+    # gives as 213M, fits 36,000 (214.2M with 37,000). No single vocabulary gives both.
+    assert n_parameters(BASE) == 63_045_632 and n_parameters(BIG) == 214_171_648
+    rows = {(): 65, ("n_heads", 1): 65, ("n_heads", 4): 65, ("n_heads", 16): 65, ("n_heads", 32): 65,       # base, (A)
+            ("layers", 2): 36, ("layers", 4): 50, ("layers", 8): 80, ("d_model", 256): 28, ("d_model", 1024): 168,     # (C)
+            ("d_ff", 1024): 53, ("d_ff", 4096): 90, ("dropout", 0.0): 65, ("dropout", 0.2): 65}                 # (C), (D)
+    for change, millions in rows.items():
+        sizes = {"vocab_size": 41_100}
+        if change:
+            sizes |= {"n_encoder_layers": change[1], "n_decoder_layers": change[1]} if change[0] == "layers" else dict([change])
+        assert round(n_parameters(Config(**sizes)) / 1e6) == millions, change
+    assert round(n_parameters(Config(vocab_size=36_000, d_model=1024, n_heads=16, d_ff=4096)) / 1e6) == 213
+    learned = n_parameters(Config(learned_positions=512))                                                       # (E)
+    assert learned == n_parameters(BASE) + 2 * 512 * 512
+
+
+def test_defaults_are_the_papers():
+    assert (BASE.d_model, BASE.d_ff, BASE.n_heads, BASE.n_encoder_layers, BASE.n_decoder_layers, BASE.dropout) == (512, 2048, 8, 6, 6, 0.1)
+    assert (BIG.d_model, BIG.d_ff, BIG.n_heads, BIG.dropout) == (1024, 4096, 16, 0.3) and not BASE.norm_first
+    model = small()
+    assert isinstance(model.encoder_norm, nn.Identity) and isinstance(model.decoder_norm, nn.Identity)
+    assert model.output.weight is model.embedding.weight is model.src_embedding.weight         # tied, not copied
+    assert not any("attn" in name and name.endswith("bias") for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("bad", [dict(d_model=30), dict(d_model=0), dict(n_heads=0), dict(dropout=1.0), dict(dropout=-0.1), dict(vocab_size=0),
+                                 dict(n_encoder_layers=0), dict(d_ff=-1), dict(d_model="x"), dict(norm_first=1), dict(dropout=math.nan)])
+def test_impossible_configs_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Config(**bad)
+
+
+def test_positions_are_the_formula():
+    D, positions = 10, [0, 1, 2, 17, 999]
+    table = M.sinusoids(torch.tensor(positions), D)
+    for row, pos in zip(table, positions):
+        for i in range(D // 2):
+            angle = pos / 10000 ** (2 * i / D)
+            assert row[2 * i].item() == pytest.approx(math.sin(angle), abs=1e-4)
+            assert row[2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-4)
+    assert table.dtype == torch.float32
+    assert M.sinusoids(torch.arange(100_000, 100_002), D).isfinite().all()                     # no length limit
+
+
+def test_embeddings_are_scaled_and_placed():
+    model, ids = small(), random_batch()
+    want = model.embedding.weight[ids] * math.sqrt(16) + M.sinusoids(torch.arange(ids.size(1)), 16)
+    assert torch.allclose(model.embed_src(ids), want, atol=1e-6) and torch.allclose(model.embed_tgt(ids), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("wide", [False, True])                         # True: long enough for the fused kernel
+def test_attention_is_its_definition(wide):
+    q, k, v = torch.randn(2, 3, 600 if wide else 5, 4), torch.randn(2, 3, 600 if wide else 7, 4), torch.randn(2, 3, 600 if wide else 7, 4)
+    mask = torch.rand(2, 1, 1, k.size(2)) < 0.7
+    mask[1] = False                                                     # a sentence of nothing but padding
+    q.requires_grad_()
+    got = M.attention(q, k, v, mask)
+    for b, h, t in itertools.product(range(2), range(3), range(5)):
+        e = [math.exp(sum(q[b, h, t, i].item() * k[b, h, s, i].item() for i in range(4)) / 2) * mask[b, 0, 0, s].item() for s in range(k.size(2))]
+        want = sum((x / sum(e) * v[b, h, s] for s, x in enumerate(e)), torch.zeros(4)) if any(e) else torch.zeros(4)
+        assert torch.allclose(got[b, h, t], want, atol=1e-5)
+    got.sum().backward()
+    assert q.grad.isfinite().all() and not q.grad[1].any() and not got[1].any()
+    causal = M.attention(q, q, q, causal=True)
+    assert torch.allclose(causal, M.attention(q, q, q, torch.ones(q.size(2), q.size(2)).tril().bool()), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_all_padding_gives_zeros_never_nan(norm_first):
+    model = small(norm_first=norm_first)
+    src, tgt = random_batch(3), random_batch(3)
+    src[1] = PAD
+    tgt[2] = PAD
+    assert not model.encode(src)[1].any()
+    logits = model(src, tgt)
+    assert logits.isfinite().all() and not logits[2].any()
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_layer_computes_what_pytorch_computes(norm_first, bias):
+    module = nn.Transformer(16, 4, 2, 3, 24, 0.0, batch_first=True, norm_first=norm_first, bias=bias).eval()
+    if not norm_first:
+        module.encoder.norm = module.decoder.norm = None
+    for p in module.parameters():
+        nn.init.normal_(p, 0, 0.4)
+    config = Config(vocab_size=13, d_model=16, n_heads=4, d_ff=24, n_encoder_layers=2, n_decoder_layers=3, dropout=0.0, norm_first=norm_first)
+    model = Transformer.from_torch(module, config).eval()
+    src, tgt = random_batch(), random_batch()
+    causal = nn.Transformer.generate_square_subsequent_mask(tgt.size(1), dtype=torch.bool)
+    for reference in (module, model.to_torch().eval()):
+        states = reference(model.embed_src(src), model.embed_tgt(tgt), tgt_mask=causal, src_key_padding_mask=src == PAD, memory_key_padding_mask=src == PAD)
+        real = tgt != PAD
+        assert torch.allclose(model.decode(tgt, model.encode(src), src)[real], states[real], atol=1e-5)
+        assert torch.allclose(model(src, tgt)[real], (states @ model.embedding.weight.T)[real], atol=1e-4)
+
+
+def test_modules_that_do_not_fit_are_refused_with_the_difference():
+    fits = dict(d_model=16, nhead=4, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=24, batch_first=True, norm_first=True)
+    config = Config(vocab_size=13, d_model=16, n_heads=4, d_ff=24, n_encoder_layers=2, n_decoder_layers=2, norm_first=True)
+    Transformer.from_torch(nn.Transformer(**fits), config)
+    for change, named in ((dict(nhead=2), "n_heads"), (dict(num_decoder_layers=3), "n_decoder_layers"), (dict(norm_first=False), "norm_first"),
+                          (dict(activation="gelu"), "ReLU"), (dict(dim_feedforward=32), "d_ff"), (dict(d_model=32), "d_model"), (dict(layer_norm_eps=1e-3), "eps")):
+        with pytest.raises(ValueError, match=named):
+            Transformer.from_torch(nn.Transformer(**fits | change), config)
+    with pytest.raises(ValueError, match="final norm"):                 # post-norm with nn.Transformer's extra norms
+        Transformer.from_torch(nn.Transformer(**fits | dict(norm_first=False)), Config(**{**config.__dict__, "norm_first": False}))
+
+
+def test_norm_orders_are_what_they_say():
+    x, f = torch.randn(2, 3, 16), nn.Linear(16, 16)
+    post, pre = (M.AddNorm(Config(vocab_size=13, d_model=16, n_heads=4, norm_first=first)).eval() for first in (False, True))
+    assert torch.allclose(post(x, f), F.layer_norm(x + f(x), (16,)), atol=1e-6)
+    assert torch.allclose(pre(x, f), x + f(F.layer_norm(x, (16,))), atol=1e-6)
+
+
+def test_no_target_sees_its_future_and_no_source_sees_padding():
+    model, src, tgt = small(), random_batch(), torch.randint(3, 13, (6, 9))
+    logits = model(src, tgt)
+    for t in range(1, 9):
+        changed = tgt.clone()
+        changed[:, t:] = torch.randint(3, 13, (6, 9 - t))
+        assert torch.allclose(model(src, changed)[:, :t], logits[:, :t], atol=1e-5)
+    wider = torch.cat((src, torch.full((6, 4), PAD)), 1)
+    assert torch.allclose(model(wider, tgt), logits, atol=1e-5)
+    for b in range(6):
+        n = int((src[b] != PAD).sum())
+        assert torch.allclose(model(src[b:b + 1, :n], tgt[b:b + 1]), logits[b:b + 1], atol=1e-5)
+
+
+def test_layers_start_different_and_on_the_scale_promised():
+    model = Transformer(Config(vocab_size=400, d_model=64, n_heads=4, d_ff=96))
+    assert model.embedding.weight.std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert len({layer.self_attn.q.weight[0, 0].item() for layer in (*model.encoder, *model.decoder)}) == 12
+    bound = math.sqrt(6 / (64 + 64))                                    # Glorot for each stacked matrix, not for the stack
+    assert 0.9 * bound < model.encoder[0].self_attn.kv.weight.abs().max().item() <= bound
+
+
+def test_dropout_trains_only_and_both_kinds_keep_the_mean(monkeypatch):
+    model, src, tgt = small(dropout=0.5), random_batch(), random_batch()
+    assert torch.equal(model(src, tgt), model(src, tgt))
+    model.train()
+    assert not torch.equal(model(src, tgt), model(src, tgt))
+    for compiling in (False, True):                                     # True: the hash that compiled CPU training uses
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        drop, x = M.Dropout(0.3), torch.ones(200, 500)
+        a, b = drop(x), drop(x)
+        for y in (a, b):
+            assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+            assert y.mean().item() == pytest.approx(1, abs=0.02)
+            assert y.mean(0).std().item() < 0.07 and y.mean(1).std().item() < 0.045             # no row or column stands out
+        assert ((a > 0) & (b > 0)).float().mean().item() == pytest.approx(0.49, abs=0.02)          # independent draws
+        kept = (a > 0).float()
+        assert (kept[:, 1:] * kept[:, :-1]).mean().item() == pytest.approx(0.49, abs=0.02)         # and independent neighbours
+        assert torch.equal(drop.eval()(x), x)
+
+
+def test_log_probs_and_maps():
+    model, src, tgt = small(), random_batch(), random_batch()
+    assert torch.allclose(model.log_probs(src, tgt).exp().sum(-1), torch.ones(6, 9), atol=1e-5)
+    maps = model.attention_maps(src, tgt)
+    assert maps["encoder"].shape == (2, 6, 4, 9, 9) == maps["decoder"].shape == maps["cross"].shape
+    assert torch.allclose(maps["cross"].sum(-1), torch.ones(()), atol=1e-5)
+    pads = (src == PAD)[None, :, None, None, :].expand_as(maps["cross"])
+    assert not maps["cross"][pads].any() and not maps["decoder"].triu(1).any()
+
+
+def test_learned_positions_untied_output_and_own_source_vocabulary():
+    model = small(learned_positions=9, tied_output=False, src_vocab_size=40)
+    assert model(torch.randint(3, 40, (2, 9)), torch.randint(3, 13, (2, 4))).shape == (2, 4, 13)
+    with pytest.raises(ValueError, match="learned 9"):
+        model.encode(torch.full((1, 10), 3))
+
+
+# ---- decoding -------------------------------------------------------------------
+
+def slow_score(model, src, ids, alpha):
+    """log P of a whole hypothesis over its length penalty, from one forward pass."""
+    logp = model.log_probs(src[None], torch.tensor([[BOS] + ids[:-1]]))[0]
+    return sum(logp[i, token].item() for i, token in enumerate(ids)) / ((5 + len(ids)) / 6) ** alpha
+
+
+def slow_greedy(model, src, limit):
+    ids = []
+    while len(ids) < limit and EOS not in ids:
+        scores = model(src[None], torch.tensor([[BOS] + ids]))[0, -1]
+        ids.append(EOS if len(ids) + 1 == limit else int(scores[EOS:].argmax()) + EOS)
+    return ids
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@torch.no_grad()
+def test_greedy_is_the_slow_greedy(norm_first):
+    model, src = small(norm_first=norm_first), random_batch()
+    ids, scores = beam_search(model, src, beam_size=1)
+    for row, score, s in zip(ids.tolist(), scores.tolist(), src):
+        s = s[s != PAD]
+        want = slow_greedy(model, s, len(s) + 50)                       # the limit is the sentence's own: S + 50
+        assert row == want + [PAD] * (len(row) - len(want))
+        assert score == pytest.approx(slow_score(model, s, want, 0.6), abs=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0, -0.5])
+@torch.no_grad()
+def test_a_wide_beam_is_exhaustive_search(alpha):
+    model, src = small(vocab_size=6), random_batch(3, vocab=6)
+    ids, scores = beam_search(model, src, beam_size=64, length_penalty=alpha, max_len=4, n_best=5)
+    for b in range(3):
+        s = src[b][src[b] != PAD]
+        every = [[*words, EOS] for n in range(4) for words in itertools.product(range(3, 6), repeat=n)]
+        ranked = sorted(every, key=lambda y: -slow_score(model, s, y, alpha))[:5]
+        assert [[i for i in row if i != PAD] for row in ids[b].tolist()] == ranked
+        assert scores[b].tolist() == pytest.approx([slow_score(model, s, y, alpha) for y in ranked], abs=1e-4)
+
+
+def slow_beam(model, src, N, alpha, limit):
+    """Beam search with lists, one sentence, no cache, no early stop. -> best (score, ids)"""
+    live, ended = [(0.0, [])], []
+    for n in range(1, limit + 1):
+        candidates = []
+        for total, ids in live:
+            logp = model.log_probs(src[None], torch.tensor([[BOS] + ids]))[0, -1].tolist()
+            candidates += [(total + logp[t], ids + [t]) for t in range(EOS, len(logp)) if n < limit or t == EOS]
+        candidates.sort(key=lambda c: -c[0])
+        ended += [(total / ((5 + n) / 6) ** alpha, ids) for total, ids in candidates[:N] if ids[-1] == EOS]
+        live = [c for c in candidates if c[1][-1] != EOS][:N]
+    return max(ended)
+
+
+@torch.no_grad()
+def test_beam_search_is_the_slow_beam_search():
+    for N, alpha in ((2, 0.6), (3, 0.0), (4, 1.0)):
+        model, src = small(vocab_size=9), random_batch(4, vocab=9)
+        ids, scores = beam_search(model, src, N, alpha, max_len=8)
+        for b in range(4):
+            score, want = slow_beam(model, src[b][src[b] != PAD], N, alpha, 8)
+            assert [i for i in ids[b].tolist() if i != PAD] == want and scores[b].item() == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_sentence_decodes_the_same_alone_and_in_any_batch(beam):
+    model, src = small(vocab_size=50), random_batch(12, vocab=50)
+    ids, scores = beam_search(model, src, beam)
+    order = torch.randperm(12)
+    shuffled, _ = beam_search(model, torch.cat((src[order], torch.full((12, 3), PAD)), 1), beam)
+    assert torch.equal(shuffled, ids[order])
+    for b in range(12):
+        alone, score = beam_search(model, src[b:b + 1, :int((src[b] != PAD).sum())], beam)
+        assert alone[0].tolist() == ids[b, :alone.size(1)].tolist() and not ids[b, alone.size(1):].any()
+        assert score.item() == pytest.approx(scores[b].item(), abs=1e-4)
+
+
+def test_decoding_limits_and_form():
+    model, src = small(), random_batch(8)
+    for beam, low, high in ((1, 0, 5), (3, 5, 5), (2, 3, 9), (4, 1, 1)):
+        ids, scores = beam_search(model.train(), src, beam, min_len=low, max_len=high)
+        n = (ids != PAD).sum(1)
+        assert ids.dtype == torch.int64 and scores.dtype == torch.float32 and model.training
+        assert (n >= low).all() and (n <= high).all() and not (ids == BOS).any()
+        for row, k in zip(ids.tolist(), n.tolist()):
+            assert row[k - 1] == EOS and row.count(EOS) == 1 and not any(row[k:])
+    ids, scores = beam_search(model, src, 4, n_best=4, max_len=1)       # one hypothesis exists: EOS
+    assert scores[:, 0].isfinite().all() and (scores[:, 1:] == -math.inf).all() and not ids[:, 1:].any()
+    assert beam_search(model, src[:0])[0].shape[0] == 0
+    for bad in (dict(beam_size=0), dict(beam_size=2, n_best=3), dict(max_len=0), dict(max_len=3, min_len=4)):
+        with pytest.raises(ValueError):
+            beam_search(model, src, **bad)
+
+
+# ---- text -----------------------------------------------------------------------
+
+def random_text(n=30):
+    pools = ["abc ", " \t\r\n  ", "äöüßéÅ", "日本語", "😀👩‍👩‍👧", "e\u0301\u0300", "0123.,-!?'\"", "\x00\x7f\u2028\u0085\ufeff\ud800", "<s></s><pad>"]
+    return "".join(random.choice(random.choice(pools)) for _ in range(random.randrange(n)))
+
+
+def test_any_string_round_trips():
+    tokenizer = Tokenizer.train([random_text() for _ in range(300)] + ["the cat sat on the mat"] * 5, 400)
+    for text in ["", " ", "  a", "a" * 5000, "\n", "</s> <s> <pad>"] + [random_text(60) for _ in range(3000)]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and all(3 <= i < len(tokenizer) for i in ids)
+    assert tokenizer.decode([BOS, *tokenizer.encode("hi"), EOS, PAD]) == "hi"
+    assert "\ufffd" in tokenizer.decode([3 + 0xFF])                    # a byte that is no UTF-8
+    for bad in ([-1], [len(tokenizer)]):
+        with pytest.raises(ValueError, match="expected ids"):
+            tokenizer.decode(bad)
+
+
+def slow_bpe(lines, n_merges):
+    """Recounts every pair for each merge."""
+    words = Counter(w for line in lines for w in Tokenizer.words(line))
+    words = {tuple(b + 3 for b in w.encode()): n for w, n in words.items()}
+    merges = []
+    while len(merges) < n_merges:
+        pairs = Counter()
+        for w, n in words.items():
+            for pair in zip(w, w[1:]):
+                pairs[pair] += n
+        if not pairs or max(pairs.values()) < 2:
+            break
+        best = min(pairs, key=lambda p: (-pairs[p], p))
+        new, merged = 259 + len(merges), Counter()
+        for w, n in words.items():
+            merged[tuple(M.merge(list(w), best, new))] += n
+        words, merges = dict(merged), merges + [best]
+    return merges
+
+
+def test_bpe_learns_what_the_slow_one_learns():
+    assert M.merge([1, 2, 1, 2, 1], (1, 2), 9) == [9, 9, 1] and M.merge([1, 1, 1], (1, 1), 9) == [9, 1]
+    lines = [" ".join("".join(random.choices("abcé", k=random.randrange(1, 7))) for _ in range(8)) for _ in range(60)]
+    tokenizer = Tokenizer.train(lines, 330)
+    assert tokenizer.merges == slow_bpe(lines, 71)
+    for line in lines[:10]:                                             # encoding: all merges, one after the other
+        want = []
+        for word in Tokenizer.words(line):
+            piece = [b + 3 for b in word.encode()]
+            for i, pair in enumerate(tokenizer.merges):
+                piece = M.merge(piece, pair, 259 + i)
+            want += piece
+        assert tokenizer.encode(line) == want
+    with pytest.raises(ValueError, match="at least 259"):
+        Tokenizer.train(lines, 100)
+
+
+# ---- checkpoints ----------------------------------------------------------------
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.path.join(os.environ["EVIL"]),)
+
+
+def test_checkpoints(tmp_path, monkeypatch):
+    model, tokenizer, path = small(vocab_size=300, norm_first=True), Tokenizer.train(["ab ab ab"], 261), str(tmp_path / "m.pt")
+    M.save(path, model, tokenizer)
+    again, tokenizer2 = M.load(path)
+    src, tgt = random_batch(), random_batch()
+    assert again.config == model.config and torch.equal(again(src, tgt), model(src, tgt)) and tokenizer2.merges == tokenizer.merges
+    assert again.output.weight is again.embedding.weight and not again.training
+    assert not any("_orig_mod" in name for name in again.state_dict())
+    M.save(path, model)
+    assert M.load(path)[1] is None and os.listdir(tmp_path) == ["m.pt"]
+
+    data = open(path, "rb").read()
+    monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
+    state = torch.load(path, weights_only=True)
+    wrong = {
+        "truncated": data[:len(data) // 2], "empty": b"", "text": b"hello", "pickle": __import__("pickle").dumps(Evil()),
+        "foreign": {"weights": torch.zeros(3)}, "list": [1, 2], "evil": {"format": M.FORMAT, "x": Evil()},
+        "version": state | {"config": state["config"] | {"new_field": 1}}, "huge": state | {"config": state["config"] | {"d_ff": 10 ** 9}},
+        "sizes": state | {"config": state["config"] | {"n_heads": 3}}, "merges": state | {"merges": torch.tensor([[3, 900]])},
+        "missing": state | {"model": {}},
+    }
+    for name, content in wrong.items():
+        bad = str(tmp_path / name)
+        if isinstance(content, bytes):
+            open(bad, "wb").write(content)
+        else:
+            torch.save(content, bad)
+        with pytest.raises(ValueError) as error:
+            M.load(bad)
+        assert bad in str(error.value) and "\n" not in str(error.value), name
+    with pytest.raises(ValueError, match="No such file"):
+        M.load(str(tmp_path / "nowhere"))
+    assert not (tmp_path / "evil").is_dir() or (tmp_path / "evil").is_file()
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path):
+    path = str(tmp_path / "f")
+    M.write_atomically(path, lambda f: f.write(b"old"))
+
+    def fails(f):
+        f.write(b"half")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        M.write_atomically(path, fails)
+    assert open(path, "rb").read() == b"old" and os.listdir(tmp_path) == ["f"]
+
+
+# ---- the file itself -----------------------------------------------------------
+
+def test_the_tour_holds():
+    result = run("transformer.py")
+    assert result.returncode == 0 and "All of it holds" in result.stdout, result.stderr
+
+
+def test_the_model_stands_alone_above_the_line(tmp_path):
+    text = open(os.path.join(HERE, "transformer.py"), encoding="utf-8").read()
+    head, tail = re.split(r"# =+\n# THE MODEL ENDS HERE", text)
+    (tmp_path / "mine.py").write_text(head)
+    code = """if 1:
+        import torch, mine
+        model = mine.Transformer(mine.Config(vocab_size=12, d_model=16, n_heads=2, d_ff=16))
+        src = torch.randint(3, 12, (4, 5)); tgt = torch.randint(3, 12, (4, 6))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        before = None
+        for _ in range(5):
+            loss = torch.nn.functional.cross_entropy(model(src, tgt[:, :-1]).flatten(0, 1), tgt[:, 1:].flatten())
+            before = before or loss.item()
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+        assert loss.item() < before
+        print(mine.beam_search(model, src, max_len=7)[0].shape)
+    """
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("torch.Size([4,"), result.stderr
+
+
+def test_no_code_from_data():
+    for name in ("transformer.py", "train.py", "bench.py"):
+        text = open(os.path.join(HERE, name), encoding="utf-8").read()
+        assert not re.search(r"(?<![\w.])(exec|eval|compile)\(|import pickle|weights_only=False", text), name
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A checkpoint with a tokenizer and random weights."""
+    path = str(tmp_path_factory.mktemp("toy") / "model.pt")
+    tokenizer = Tokenizer.train(["a little text to learn from, a little more text"] * 3, 300)
+    M.save(path, Transformer(Config(vocab_size=len(tokenizer), d_model=16, n_heads=2, d_ff=16, n_encoder_layers=1, n_decoder_layers=1)), tokenizer)
+    return path
+
+
+def test_translating_keeps_lines_and_their_order(toy):
+    lines = ["a little text", "", "more", "   ", "x " * 40, "tab\there\r", "\u2028 \x0b", "last"]
+    result = run("transformer.py", f"--checkpoint={toy}", "--batch_tokens=64", input="\n".join(lines))
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    out = result.stdout.split("\n")
+    assert len(out) == len(lines) + 1 and out[1] == "" == out[3] and out[-1] == ""
+    model, tokenizer = M.load(toy)
+    for i in (0, 2, 7):
+        assert M.has_bfloat16(torch.device("cpu")) or out[i] == M.translate(model, tokenizer, [lines[i]])[0][0][0]
+    nothing = run("transformer.py", f"--checkpoint={toy}", input="")
+    assert nothing.returncode == 0 and nothing.stdout == ""
+    best = run("transformer.py", f"--checkpoint={toy}", "--n_best=3", "--dtype=float32", input="a\nb\n").stdout.splitlines()
+    assert [line.split("\t")[0] for line in best] == list("000111")
+    drawn = run("transformer.py", f"--checkpoint={toy}", "--attention=True", input="a little text\n").stdout
+    assert any(shade in drawn for shade in "░▒▓█") and max(map(len, drawn.splitlines()[1:])) <= 80
+
+
+def test_translating_streams(toy):
+    process = subprocess.Popen([sys.executable, "transformer.py", f"--checkpoint={toy}"], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for _ in range(2):                                                  # the answer comes while the input is still open
+        process.stdin.write(b"hello\n")
+        process.stdin.flush()
+        assert process.stdout.readline().endswith(b"\n")
+    process.stdin.write(b"no final newline, \xff\xfe")
+    out, _ = process.communicate(timeout=60)
+    assert out.count(b"\n") == 1 and process.returncode == 0
+
+
+def test_translator_mistakes_cost_one_line(toy, tmp_path):
+    (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
+    for args, word in ((["--chekpoint=x"], "--checkpoint"), ([f"--checkpoint={tmp_path}/bad.pt"], "not a checkpoint"),
+                       ([f"--checkpoint={tmp_path}/none.pt"], "No such file"), ([f"--checkpoint={toy}", "--beam_size=0"], "beam_size"),
+                       ([f"--checkpoint={toy}", "--beam_size=many"], "beam_size"), ([f"--checkpoint={toy}", "--dtype=int8"], "dtype"),
+                       ([f"--checkpoint={toy}", "--device=warp"], "device")):
+        assert word in one_line_error(run("transformer.py", *args, input=""))
+
+
+# ---- training: settings -----------------------------------------------------------
+
+def test_overrides(capsys):
+    defaults = dict(learning_rate=0.5, n=3, flag=False, path="x")
+    assert T.override(defaults, ["--learning_rate=1", "--path=a=b=c", "--flag=True", "--n=-2"], "") == dict(learning_rate=1.0, path="a=b=c", flag=True, n=-2)
+    assert type(T.override(defaults, ["--learning_rate=1"], "")["learning_rate"]) is float
+    for bad, said in (("--learnin_rate=1", "did you mean --learning_rate"), ("--n=1.5", "whole number"), ("--flag=maybe", "True or False"), ("--n", "needs a value"),
+                      ("n=3", "unknown setting"), ("--learning_rate=fast", "a number"), ("--zzz=1", "--help")):
+        with pytest.raises(SystemExit) as stop:
+            T.override(defaults, [bad], "")
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and said in message and message.count("\n") == 1
+
+
+def test_settings_have_the_agreed_names():
+    names = """src tgt val_src val_tgt out_dir vocab_size d_model n_heads d_ff n_encoder_layers n_decoder_layers dropout norm_first label_smoothing
+        batch_tokens max_steps learning_rate warmup_steps eval_interval checkpoint_interval average_last beam_size length_penalty seed device dtype compile resume"""
+    assert set(names.split()) <= set(T.settings)
+    help_text = run("train.py", "--help").stdout
+    for name in T.settings:                                             # each with its default and its meaning
+        assert re.search(rf"^{name} = .*# ", help_text, re.M), name
+
+
+def test_training_mistakes_cost_one_line(tmp_path):
+    for name, text in (("a", "x\ny\n"), ("b", "x\n"), ("empty", "")):
+        (tmp_path / name).write_text(text)
+    files = lambda a, b: [f"--src={tmp_path}/{a}", f"--tgt={tmp_path}/{b}", "--vocab_size=300", f"--out_dir={tmp_path}/out"]
+    for args, word in ((files("a", "b"), "as many lines, got 2 and 1"), (files("a", "none"), "nothing there"), (files("empty", "empty"), "is empty"),
+                       (files("a", ""), "directory"), (["--src=x"], "belong together"), (["--n_heads=3"], "divisible"), (["--decay=cosine"], "decay"),
+                       (["--batch_tokens=0"], "batch_tokens"), (["--resume=True", f"--out_dir={tmp_path}/new"], "there is no"), (["--device=warp"], "device"),
+                       (["--dropout=2"], "dropout"), (["--label_smoothing=1"], "label_smoothing"), (files("a", "a")[:-2] + ["--vocab_size=9"], "259")):
+        if not any(a.startswith("--out_dir") for a in args):
+            args = args + [f"--out_dir={tmp_path}/o"]
+        assert word in one_line_error(run("train.py", *args)), args
+
+
+# ---- training: data -------------------------------------------------------------
+
+def write_corpus(folder, n=300, name="train"):
+    """Sentences of random words, and the same words in capitals: something a small model learns quickly."""
+    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "runs", "sits", "flies"]
+    lines = [" ".join(random.choices(words, k=random.randrange(2, 9))) for _ in range(n)]
+    paths = [os.path.join(folder, f"{name}.{side}") for side in ("src", "tgt")]
+    for path, text in zip(paths, ("\n".join(lines) + "\n", "\n".join(lines).upper() + "\n")):
+        open(path, "w").write(text)
+    return paths
+
+
+@pytest.fixture
+def settings(monkeypatch, tmp_path):
+    """Sets train.py's globals for one test."""
+    def set_all(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(T, name, value)
+    set_all(out_dir=str(tmp_path))
+    return set_all
+
+
+def test_prepared_text(tmp_path, settings, capsys):
+    src, tgt = write_corpus(tmp_path)
+    extra = [("", "x"), ("y", " \t"), ("word " * 300, "w"), ("a b c d e f g h i j k l m n o p q r s t u v w x y z", "a"), ("caf\u00e9 \u2028 \x00", "fine")]
+    with open(src, "a") as f, open(tgt, "a") as g:
+        for x, y in extra:
+            print(x, file=f), print(y, file=g)
+    with open(src, "ab") as f, open(tgt, "ab") as g:
+        f.write(b"crlf \xff\r\n"), g.write(b"CRLF\r\n")
+    settings(src=src, tgt=tgt, vocab_size=280, max_len=200, max_ratio=3.0)
+    corpus, tokenizer, skipped = T.prepare(str(tmp_path / "data"))
+    assert dict(skipped) == {"empty": 2, "too_long": 1, "ratio": 1} and len(corpus) == 302
+    pairs = [(x, y) for x, y in T.read_pairs(src, tgt) if (x, y) not in extra[:2] and "word" not in x and "x y z" not in x]
+    for i, (x, y) in enumerate(pairs):
+        S, W = corpus.n_src[i] + 3, corpus.n_tgt[i] + 2
+        a, b = corpus.batch(np.array([i]), S, W)
+        assert a.tolist() == [tokenizer.encode(x) + [EOS, PAD, PAD]] and b.tolist() == [[BOS] + tokenizer.encode(y) + [EOS, PAD]]
+    assert pairs[-1] == ("crlf \ufffd", "CRLF") and isinstance(corpus.src[0], np.memmap) and corpus.src[0].dtype == np.uint16
+
+    stamp = os.stat(tmp_path / "data" / "src.ids").st_mtime_ns
+    T.prepare(str(tmp_path / "data"))
+    assert os.stat(tmp_path / "data" / "src.ids").st_mtime_ns == stamp          # a second run starts at once
+    settings(max_ratio=100.0)
+    assert len(T.prepare(str(tmp_path / "data"))[0]) == 303                     # a changed setting is noticed
+    with open(src, "a") as f, open(tgt, "a") as g:
+        f.write("new\n"), g.write("NEW\n")
+    assert len(T.prepare(str(tmp_path / "data"))[0]) == 304                     # and a changed corpus
+    settings(vocab_size=70_000)
+    assert T.prepare(str(tmp_path / "data"))[0].src[0].dtype == np.uint32       # ids above 65,535 don't wrap
+
+    for path in (src, tgt):
+        gzip.open(path + ".gz", "wb").write(open(path, "rb").read())
+    assert list(T.read_pairs(src + ".gz", tgt + ".gz")) == list(T.read_pairs(src, tgt))
+    open(src + ".gz", "r+b").truncate(300)
+    with pytest.raises(ValueError, match="cannot read"):
+        list(T.read_pairs(src + ".gz", tgt + ".gz"))
+
+
+def random_corpus(n=3000):
+    rng = np.random.default_rng(SEED)
+    lengths = np.clip(rng.gamma(6, 2, n).astype(int), 1, 60)
+    return T.Corpus.of([[3] * k for k in lengths], [[4] * max(1, int(k * f)) for k, f in zip(lengths, rng.uniform(0.7, 1.4, n))])
+
+
+def test_batches_hold_every_pair_once_and_little_padding(settings):
+    settings(batch_tokens=1024)
+    corpus = random_corpus()
+    plan = T.plan_epoch(corpus, 0, 1)
+    assert sorted(np.concatenate([rows for rows, _, _ in plan]).tolist()) == list(range(len(corpus)))
+    for rows, S, W in plan:
+        assert len(rows) * max(S, W) <= 1024 and corpus.n_src[rows].max() < S and corpus.n_tgt[rows].max() < W
+    assert len({S for _, S, _ in plan}) <= 8 and len({W for _, _, W in plan}) <= 8
+    real = (corpus.n_src + corpus.n_tgt + 2).sum() / sum(len(rows) * (S + W) for rows, S, W in plan)
+    assert real > 0.85
+    flat = lambda p: [rows.tolist() for rows, _, _ in p]
+    assert flat(plan) == flat(T.plan_epoch(corpus, 0, 1)) and flat(plan) != flat(T.plan_epoch(corpus, 1, 1)) != flat(T.plan_epoch(corpus, 1, 2))
+    batches, n = T.Batches(corpus, 1), len(plan)
+    second = T.plan_epoch(corpus, 1, 1)
+    assert batches[n][0].tolist() == second[0][0].tolist() and batches[n][3] == 1 and batches[n - 1][0].tolist() == plan[-1][0].tolist()
+    assert T.Batches(corpus, 1)[n + 2][0].tolist() == second[2][0].tolist()     # any place is reached without the ones before
+
+
+def test_widths_waste_least():
+    lengths = np.random.default_rng(SEED).integers(1, 12, 40)
+    waste = lambda ws: sum(min(w for w in ws if w >= n) - n for n in lengths)
+    top = lengths.max()
+    want = min(waste((*ws, top)) for ws in itertools.combinations(range(1, top), 2))
+    assert waste(T.widths(lengths, 3)) == want and len(T.widths(lengths, 3)) <= 3
+
+
+# ---- training: schedule, loss, score ------------------------------------------------
+
+def test_the_schedule_is_equation_3(settings):
+    settings(d_model=512, warmup_steps=4000, learning_rate=0.0, decay="inverse_sqrt")
+    for step in (1, 2, 100, 3999, 4000, 4001, 100_000):
+        assert T.learning_rate_at(step) == pytest.approx(512 ** -0.5 * min(step ** -0.5, step * 4000 ** -1.5), rel=1e-9)
+    assert T.learning_rate_at(1) != T.learning_rate_at(2)
+    settings(learning_rate=1e-3, decay="linear", max_steps=5000)
+    assert T.learning_rate_at(2000) == pytest.approx(5e-4) and T.learning_rate_at(4500) == pytest.approx(5e-4) and T.learning_rate_at(5000) == 0
+
+
+def test_the_loss_is_label_smoothed_cross_entropy():
+    model, src, tgt = small(), random_batch(), torch.cat((torch.full((6, 1), BOS), random_batch()), 1)
+    smoothed, nll = T.Loss(model, 0.1)(src, tgt)
+    logp = model.log_probs(src, tgt[:, :-1])
+    want_smoothed = want_nll = 0.0
+    for b, t in itertools.product(range(6), range(9)):
+        y = tgt[b, t + 1]
+        if y != PAD:
+            q = torch.full((13,), 0.1 / 13)
+            q[y] += 0.9
+            want_smoothed -= (q * logp[b, t]).sum().item()
+            want_nll -= logp[b, t, y].item()
+    assert smoothed.item() == pytest.approx(want_smoothed, rel=1e-4) and nll.item() == pytest.approx(want_nll, rel=1e-4)
+
+
+def test_flops_count_every_matrix_product():
+    config = Config(vocab_size=50, d_model=32, n_heads=4, d_ff=48, n_encoder_layers=2, n_decoder_layers=3)
+    S, W, B = 10, 12, 4
+    with FlopCounterMode(display=False) as counter:
+        Transformer(config)(torch.randint(3, 50, (B, S)), torch.randint(3, 50, (B, W))).sum().backward()
+    causal = 6 * 3 * W * config.d_model * B * W                         # the counter takes all of QKᵀ, half of which is masked
+    assert T.flops(config, B * S, B * W, S, W) + causal == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+SACREBLEU = [       # (hypotheses, references, 13a, tokenize="none"), computed with sacreBLEU 2.6.0
+    (['The cat sat on the mat.', 'It costs $3.50, not 1,000!'],
+     ['The cat is on the mat.', 'It cost $3.50 and not 1,000.'], 28.76, 21.42),
+    (['Ein Hund läuft über die Wiese , &quot;schnell&quot; .', 'zwei 3-jährige Jungen (lachend)'],
+     ['Ein Hund läuft schnell über die Wiese.', 'Zwei 3-jährige Jungen, lachend'], 27.57, 17.78),
+    (['a b c d e f g h'],
+     ['a b x d e y g h'], 19.13, 19.13),
+    (['the the the the the the the', 'Never seen words here'],
+     ['the cat is on the mat', 'never Seen words Here today'], 6.06, 6.06),
+    (['short'],
+     ['a much longer reference than the hypothesis'], 0.00, 0.00),
+    (["Mr. O'Neil's e-mail: x@y.com -- 50% off; see p.3-4?", '同じ文です。テスト'],
+     ["Mr. O'Neil's e-mail: x@y.com - 50 % off, see p. 3-4?", '同じ文です。 テスト'], 69.97, 22.77),
+    (['', 'one two three four five six'],
+     ['empty here', 'one two three four five seven'], 54.44, 54.44),
+]
+
+
+@pytest.mark.parametrize("hypotheses, references, default, split", SACREBLEU)
+def test_bleu_is_sacrebleus(hypotheses, references, default, split):
+    assert round(T.bleu(hypotheses, references), 2) == default
+    assert round(T.bleu(hypotheses, references, str.split), 2) == split
+
+
+# ---- whole runs -------------------------------------------------------------------
+
+def losses(folder):
+    return [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+
+
+TINY = ["--max_steps=6", "--log_interval=1", "--eval_interval=100", "--checkpoint_interval=3", "--batch_tokens=512", "--dropout=0.0"]
+
+
+def torchrun(n, *args, timeout=170):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--rdzv_backend=c10d",
+                           "--rdzv_endpoint=localhost:0", *args], cwd=HERE, capture_output=True, text=True, timeout=timeout)
+
+
+def test_two_processes_are_two_micro_batches(tmp_path):
+    one = run("train.py", *TINY, "--accumulate=2", f"--out_dir={tmp_path}/one")
+    two = torchrun(2, "train.py", *TINY, f"--out_dir={tmp_path}/two")
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    for x, y in zip(a, b, strict=True):
+        if "loss" in x:
+            assert x["loss"] == pytest.approx(y["loss"], rel=1e-4) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+    assert two.stdout.count("exact sequence accuracy") == 1             # rank 0 alone speaks
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path):
+    text = ["--dropout=0.1"] + TINY[:-1]
+    whole = run("train.py", *text, f"--out_dir={tmp_path}/whole")
+    part = run("train.py", *text[:1], "--max_steps=3", *text[2:], f"--out_dir={tmp_path}/parts")
+    rest = run("train.py", *text, "--resume=True", f"--out_dir={tmp_path}/parts")
+    assert whole.returncode == part.returncode == rest.returncode == 0, rest.stderr
+    a, b = (M.load(f"{tmp_path}/{name}/model.pt")[0].state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    refused = run("train.py", *text, "--resume=True", "--d_model=32", f"--out_dir={tmp_path}/parts")
+    assert "d_model" in one_line_error(refused)
+
+
+def test_text_to_translator(tmp_path):
+    src, tgt = write_corpus(tmp_path, 600)
+    val_src, val_tgt = write_corpus(tmp_path, 20, "val")
+    args = [f"--src={src}", f"--tgt={tgt}", f"--val_src={val_src}", f"--val_tgt={val_tgt}", f"--out_dir={tmp_path}/out", "--vocab_size=300",
+            "--d_model=32", "--d_ff=64", "--n_encoder_layers=1", "--n_decoder_layers=1", "--max_steps=300", "--batch_tokens=1024", "--average_last=2",
+            "--learning_rate=1e-2", "--warmup_steps=40", "--eval_interval=150", "--checkpoint_interval=20", "--dtype=float32", "--dropout=0"]
+    result = run("train.py", *args)
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in ("parameters", "padding", "mfu", "validation", "source", "BLEU", "averaged the last 2", "--checkpoint="))
+    log = losses(tmp_path / "out")
+    assert log[-1]["bleu"] > 50 and {"step", "loss", "nll", "learning_rate", "grad_norm", "tokens_per_second"} <= set(log[0])
+    assert sorted(os.listdir(tmp_path / "out")) == ["data", "last.pt", "log.jsonl", "model.pt"]
+    out = run("transformer.py", f"--checkpoint={tmp_path}/out/model.pt", input="red cat sits\n\none dog runs\n")
+    assert out.stdout.split("\n")[1] == "" and out.stdout.count("\n") == 3
+
+
+def test_the_readmes_commands():
+    readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    assert "python -m pytest -q" in readme and "python -m pytest -q" in open(os.path.join(HERE, ".ci", "run")).read()
+    assert "python train.py" in readme
+    for command in re.findall(r"python train\.py(.*)", readme):
+        for name in re.findall(r"--(\w+)=", command):
+            assert name in T.settings, name
+
+
+def test_copying_is_learnt_within_a_minute(tmp_path):
+    result = run("train.py", f"--out_dir={tmp_path}")
+    assert result.returncode == 0 and "unseen sequences: 100.0%" in result.stdout, result.stdout[-800:] + result.stderr
+    assert losses(tmp_path)[-1]["accuracy"] == 1.0 and f"{tmp_path}/model.pt" in result.stdout
+
+
+def test_bench_prints_a_table_and_json():
+    result = run("bench.py", "--size=copy", "--batch=4", "--length=8", "--vocab_size=20", "--steps=1", "--decode_batch=2", "--decode_len=4", "--compile=False")
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(result.stdout.splitlines()[-1])
+    assert len(numbers["rows"]) == 5 and all(row["tokens_per_second"] > 0 for row in numbers["rows"]) and numbers["train_speedup"] > 0
+    two = torchrun(2, "bench.py", "--size=copy", "--batch=4", "--length=8", "--vocab_size=20", "--steps=1", "--compile=False")
+    assert two.returncode == 0 and json.loads(two.stdout.splitlines()[-1])["scaling_efficiency"] > 0, two.stderr
+    assert "--size" in one_line_error(run("bench.py", "--size=huge"))
