@@ -11,7 +11,7 @@ It writes out_dir/model.pt (to use), out_dir/last.pt (to resume with --resume=Tr
 """
 
 # ---- settings ---------------------------------------------------------------
-# The defaults train the copy task. With --src, those of `text_recipe` below take their place.
+# The defaults train the copy task. With --src, `text_recipe` below replaces those the command line leaves open.
 src = ""                    # source side of the training text, one sentence a line, plain or .gz; "": the copy task
 tgt = ""                    # target side: line i is the translation of line i of src
 val_src = ""                # validation text, likewise; "": none
@@ -19,7 +19,7 @@ val_tgt = ""                # and its target side
 out_dir = "out"             # everything this run writes goes here
 # text
 vocab_size = 11             # ids, both languages together; on text: 3 specials, 256 bytes, and merges
-max_len = 256               # ids; longer sentences are left out of training, and counted
+max_len = 256               # ids; pairs with a longer side are left out of training, and counted
 max_ratio = 5.0             # a pair is left out if one side is more than this many times the other, plus 5 ids
 bleu_tokenize = "13a"       # how BLEU splits words: 13a, sacreBLEU's default, or none for text that is split already
 # model: as in transformer.Config
@@ -33,31 +33,33 @@ norm_first = False          # False: the paper's post-norm; True: pre-norm
 # optimisation
 batch_tokens = 2048         # source ids, and target ids, of a micro-batch, padding included
 accumulate = 1              # micro-batches whose gradients make one step, on each process
-max_steps = 600             # optimizer steps; 0: as many as `epochs` needs
+max_steps = 400             # optimizer steps; 0: as many as `epochs` needs
 epochs = 0.0                # passes over the training pairs, if max_steps is 0
-learning_rate = 0.0         # at the end of warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
-warmup_steps = 200          # steps of linear rise
-decay = "inverse_sqrt"      # after warm-up: inverse_sqrt (§5.3), or linear, down to 0 at max_steps
+learning_rate = 4e-3        # at the end of warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
+warmup_steps = 100          # steps of linear rise
+decay = "linear"            # after warm-up: inverse_sqrt (§5.3), or linear, down to 0 at max_steps
 label_smoothing = 0.1       # §5.4
 grad_clip = 1.0             # the gradient's largest norm; 0: any
 average_last = 1            # model.pt is the mean of this many checkpoints, the last ones (§6.1 uses 5)
 # evaluation
+log_interval = 50           # steps between progress lines
 eval_interval = 200         # steps between validations
 checkpoint_interval = 200   # steps between checkpoints
-log_interval = 50           # steps between progress lines
 beam_size = 4               # hypotheses for each sentence in the final BLEU (§6.1)
 length_penalty = 0.6        # its alpha
 # the machine
 seed = 1                    # of weights, batches and dropout
 device = "auto"             # cpu, cuda, cuda:1, mps; auto: cuda where there is one
 dtype = "auto"              # bfloat16, float16 or float32 for matrix products; auto: the fastest that is safe
-compile = "auto"            # True, False; auto: where the run is long enough to win back the minute it takes
+compile = "auto"            # True, False; auto: where the run is long enough to win back the minutes it takes
 resume = False              # continue from out_dir/last.pt
 # ---- end of settings --------------------------------------------------------
 
-text_recipe = dict(vocab_size=8000, d_model=256, d_ff=1024, n_heads=4, n_encoder_layers=3, n_decoder_layers=3, norm_first=True,
-                   batch_tokens=4096, max_steps=0, epochs=10.0, learning_rate=1e-3, warmup_steps=400, decay="linear",
-                   eval_interval=500, checkpoint_interval=500)
+text_recipe = dict(
+    vocab_size=5000, d_model=128, d_ff=256, n_encoder_layers=4, n_decoder_layers=4, norm_first=True, batch_tokens=4096,
+    max_steps=0, epochs=10.0, warmup_steps=200, eval_interval=500, checkpoint_interval=500)
+FIXED = """vocab_size d_model d_ff n_heads n_encoder_layers n_decoder_layers norm_first batch_tokens accumulate seed src tgt
+    max_len max_ratio""".split()                        # a resumed run must not change these: the model and its data
 
 import difflib
 import os
@@ -289,7 +291,7 @@ def plan_epoch(corpus, epoch, seed):
 
 
 class Batches:
-    """The endless sequence of micro-batches, epoch after epoch. batches[i] is (rows, S, T, epoch) for any i."""
+    """The endless sequence of micro-batches, epoch after epoch: batches[i] is (rows, S, T), for any i in any order."""
 
     def __init__(self, corpus, seed):
         self.corpus, self.seed, self.plans = corpus, seed, {}
@@ -304,7 +306,7 @@ class Batches:
                 if len(self.starts) == epoch + 1:
                     self.starts.append(self.starts[-1] + len(self.plans[epoch]))
             if i < self.starts[epoch + 1]:
-                return (*self.plans[epoch][i - self.starts[epoch]], epoch)
+                return self.plans[epoch][i - self.starts[epoch]]
 
 
 # -----------------------------------------------------------------------------
@@ -321,21 +323,23 @@ def learning_rate_at(step):
 
 
 class Loss(nn.Module):
-    """Summed cross-entropy with label smoothing (§5.4): the true token's share is 1 - ε, and ε is spread over all V."""
+    """Cross-entropy against a softened target: 1 - ε on the true token, and ε spread evenly over all V. §5.4
+
+    One module around the model, so that the compiler sees both as one graph and the (B·T, V) logits stay inside it.
+    """
 
     def __init__(self, model, label_smoothing):
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
 
     def forward(self, src, tgt):
-        """(B, S), (B, T + 1) -> (smoothed loss to train on, negative log-likelihood to report), sums over target tokens."""
-        tgt_in, tgt_out = tgt[:, :-1], tgt[:, 1:]
-        logits = self.model(src, tgt_in).flatten(0, 1).float()
-        target = tgt_out.flatten()
-        smoothed = F.cross_entropy(logits, target, ignore_index=PAD, reduction="sum", label_smoothing=self.label_smoothing)
-        with torch.no_grad():
-            nll = F.cross_entropy(logits, target, ignore_index=PAD, reduction="sum")
-        return smoothed, nll
+        """(B, S), (B, T + 1) -> (loss to train on, negative log-likelihood to report): sums over the target tokens."""
+        tgt_in, tgt_out = tgt[:, :-1], tgt[:, 1:].flatten()             # each position predicts the next one
+        logp = self.model(src, tgt_in).flatten(0, 1).float().log_softmax(-1)
+        nll = -logp.gather(1, tgt_out[:, None])[:, 0]
+        smoothed = (1 - self.label_smoothing) * nll - self.label_smoothing * logp.mean(-1)
+        real = tgt_out != PAD
+        return (smoothed * real).sum(), (nll * real).sum()
 
 
 def flops(c, n_src, n_tgt, S, T):
@@ -424,17 +428,14 @@ def main():
     start_time = time.time()
 
     # ---- processes and device ---------------------------------------------------
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))      # set by torchrun
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    rank0 = rank == 0
-    say = print if rank0 else lambda *a, **k: None
-    stop = fail if rank0 else lambda message: sys.exit(2)
+    say = print if rank == 0 else lambda *args, **options: None
+    stop = fail if rank == 0 else lambda message: sys.exit(2)
     check_settings(stop)
-    dev = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if dev == "cuda":
-        dev = f"cuda:{local_rank}"
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        dev = torch.device(dev)
+        dev = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=dev)
     except (RuntimeError, AssertionError) as error:
         stop(f"--device={device} can't be used: {str(error).splitlines()[0]}")
@@ -443,266 +444,270 @@ def main():
         torch.cuda.set_device(dev)
         torch.backends.cuda.enable_cudnn_sdp(False)     # its backward with a mask can give NaN on Hopper
     elif local_world > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(seed)
 
     # ---- data -------------------------------------------------------------------
-    tokenizer, skipped, val_lines = None, {}, None
-    os.makedirs(out_dir, exist_ok=True)
-    if src:
-        try:
-            if rank0:
-                say(f"preparing {src} and {tgt} ...")
+    tokenizer, skipped, val, val_text = None, {}, None, None
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        if src:
+            if rank == 0:                               # the first one works, the others find it done
+                say(f"preparing {src} and {tgt} ...", flush=True)
                 prepare(os.path.join(out_dir, "data"))
             if world > 1:
                 dist.barrier()
             corpus, tokenizer, skipped = prepare(os.path.join(out_dir, "data"))
-            val_lines = list(zip(*read_pairs(val_src, val_tgt))) if val_src else None
-        except (OSError, ValueError) as error:
-            stop(str(error))
-    else:
-        rows = copy_task(20_000, seed)
-        corpus = Corpus.of(rows, rows)
-        val_rows = copy_task(1_000, seed + 1, without=rows)
-        val = Corpus.of(val_rows, val_rows)
-    if val_lines:
-        val = Corpus.of(*([tokenizer.encode(line)[:max_len - 1] for line in side] for side in val_lines))
-    batches = Batches(corpus, seed)
-    steps_per_epoch = len(plan_epoch(corpus, 0, seed)) / (world * accumulate)
-    if not max_steps:
-        globals()["max_steps"] = max(1, round(epochs * steps_per_epoch))
+            if val_src:
+                val_text = list(zip(*read_pairs(val_src, val_tgt)))
+                val = Corpus.of(*([tokenizer.encode(line)[:max_len - 1] for line in side] for side in val_text))
+        else:
+            rows = copy_task(20_000, seed)
+            new = copy_task(1_000, seed + 1, without=rows)
+            corpus, val = Corpus.of(rows, rows), Corpus.of(new, new)
+    except (OSError, ValueError) as error:
+        stop(str(error))
+    batches, plan = Batches(corpus, seed), plan_epoch(corpus, 0, seed)
+    steps_per_epoch = len(plan) / (world * accumulate)
+    globals()["max_steps"] = max_steps or max(1, round(epochs * steps_per_epoch))
 
-    # ---- model, optimizer ---------------------------------------------------------
+    # ---- model, loss, optimizer -----------------------------------------------------
+    torch.manual_seed(seed)
     try:
-        config = Config(vocab_size=len(tokenizer) if tokenizer else vocab_size, d_model=d_model, n_heads=n_heads, d_ff=d_ff,
-                        n_encoder_layers=n_encoder_layers, n_decoder_layers=n_decoder_layers, dropout=dropout, norm_first=norm_first)
+        config = Config(len(tokenizer) if tokenizer else vocab_size, d_model, n_heads, d_ff, n_encoder_layers, n_decoder_layers,
+                        dropout, norm_first)
     except ValueError as error:
         stop(str(error))
     model = Transformer(config).to(dev)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    optimizer = torch.optim.Adam(model.parameters(), lr=1.0, betas=(0.9, 0.98), eps=1e-9, fused=dev.type in ("cpu", "cuda"))   # §5.3
-    amp = dtype if dtype != "auto" else ("bfloat16" if has_bfloat16(dev) else "float16") if cuda else \
-        "bfloat16" if has_bfloat16(dev) and d_model >= 128 else "float32"       # narrow matrices don't win back the casts
-    autocast = lambda: torch.autocast(dev.type, getattr(torch, amp), enabled=amp != "float32")
-    scaler = torch.amp.GradScaler(dev.type, enabled=amp == "float16")           # float16 gradients underflow without
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=dev.type in ("cpu", "cuda"))    # §5.3
+    torch.manual_seed(seed + rank)                      # the same weights on every rank, but other dropout
 
-    # One epoch's work says how long the run will be, and so whether compiling pays.
-    real = corpus.n_src.sum() + len(corpus), corpus.n_tgt.sum() + len(corpus)
-    S, T = real[0] / len(corpus), real[1] / len(corpus)
-    plan = plan_epoch(corpus, 0, seed)
-    padding = 1 - sum(real) / sum(len(rows) * (s + t) for rows, s, t in plan)
-    run_flops = flops(config, *real, S, T) / steps_per_epoch * max_steps
-    rate = matmul_rate(dev, getattr(torch, amp) if amp != "float16" or cuda else torch.float32)
-    estimate = run_flops / world / (0.35 * rate)
-    compiled = compile == "True" or compile == "auto" and estimate > 600
-    if compiled and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
-        say("compile: no C++ compiler found, running without")
+    # Narrow matrices don't win back the casts to bfloat16; a GPU without it has float16, which needs its loss scaled.
+    amp = dtype if dtype != "auto" else "bfloat16" if has_bfloat16(dev) and (cuda or d_model >= 128) else \
+        "float16" if cuda else "float32"
+    scaler = torch.amp.GradScaler(dev.type, enabled=amp == "float16")
+    autocast = lambda: torch.autocast(dev.type, getattr(torch, amp), enabled=amp != "float32")
+
+    # How long will this take? From the FLOPs, and from the rate of plain matrix products on this machine.
+    real = int(corpus.n_src.sum()) + len(corpus), int(corpus.n_tgt.sum()) + len(corpus)
+    padding = 1 - sum(real) / sum(len(rows) * (S + T) for rows, S, T in plan)
+    id_flops = flops(config, *real, real[0] / len(corpus), real[1] / len(corpus)) / sum(real)
+    run_flops = id_flops * sum(real) / steps_per_epoch * max_steps
+    peak = matmul_rate(dev, getattr(torch, amp)) * world
+    estimate = run_flops / (0.35 * peak)
+    compiled = compile == "True" or compile == "auto" and estimate > 120
+    if compiled and not cuda and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
+        say("no C++ compiler found: running without torch.compile")
         compiled = False
     loss_fn = Loss(model, label_smoothing)
     if compiled:
-        torch._dynamo.config.optimize_ddp = False       # one graph under DDP, not one for each bucket
-        loss_fn.compile(dynamic=True)
-    step_fn = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[dev.index] if cuda else None) if world > 1 else loss_fn
+        torch._dynamo.config.optimize_ddp = False       # one graph under DDP, not one for each of its buckets
+        loss_fn.compile(dynamic=True)                   # one graph for all batch shapes
+    step_fn = loss_fn
+    if world > 1:
+        step_fn = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[dev.index] if cuda else None)
 
     # ---- resume -------------------------------------------------------------------
-    last, first_step, history, recent = os.path.join(out_dir, "last.pt"), 1, [], deque(maxlen=average_last)
+    last, log_path = os.path.join(out_dir, "last.pt"), os.path.join(out_dir, "log.jsonl")
+    # loss, nll and target ids since the last progress line, on the device: reading them would make it wait
+    totals = torch.zeros(3, dtype=torch.float64, device=dev)
+    first_step, history, recent, best_nll = 1, [], deque(maxlen=average_last), math.inf
     if resume:
         try:
-            state = torch.load(last, map_location=dev, weights_only=True)
-        except OSError:
+            state = torch.load(last, map_location="cpu", weights_only=True)
+            for name in FIXED:
+                if state["settings"][name] != globals()[name]:
+                    stop(f"{last} was made with --{name}={state['settings'][name]}, got {globals()[name]}")
+            if state["world"] != world:
+                stop(f"{last} was made by {state['world']} processes, got {world}")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+        except FileNotFoundError:
             stop(f"--resume=True, but there is no {last}; start without it")
-        for name in ("vocab_size", "d_model", "d_ff", "n_heads", "n_encoder_layers", "n_decoder_layers", "norm_first", "batch_tokens",
-                     "accumulate", "seed", "src", "tgt", "max_len", "max_ratio"):
-            if state["settings"][name] != globals()[name]:
-                stop(f"{last} was made with {name}={state['settings'][name]!r}, got {globals()[name]!r}")
-        if state["world"] != world:
-            stop(f"{last} was made by {state['world']} processes, got {world}")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        first_step, history = state["step"] + 1, [tuple(point) for point in state["history"]]
+        except Exception as error:      # a damaged or foreign file fails in too many ways to name
+            stop(f"{last} can't be resumed from: {str(error).splitlines()[0]}")
+        first_step, history, best_nll = state["step"] + 1, [tuple(point) for point in state["history"]], state["best_nll"]
         recent.extend(state["recent"])
-        torch.set_rng_state(state["rng"][rank].cpu())
+        totals.copy_(state["totals"][rank])
+        torch.set_rng_state(state["rng"][rank])
         if cuda:
-            torch.cuda.set_rng_state(state["cuda_rng"][rank].cpu())
-    else:
-        torch.manual_seed(seed + rank)                  # the same weights on every rank, other dropout
+            torch.cuda.set_rng_state(state["cuda_rng"][rank])
+        if rank == 0:                   # what the log tells of later steps will be told again
+            lines = [line for line in open(log_path, encoding="utf-8") if json.loads(line)["step"] <= state["step"]]
+            write_atomically(log_path, lambda f: f.write("".join(lines).encode()))
+    log = open(log_path, "a" if resume else "w", encoding="utf-8") if rank == 0 else None
 
     # ---- banner -------------------------------------------------------------------
     changed = " ".join(f"{name}={globals()[name]}" for name in settings if globals()[name] != settings[name])
-    say(f"settings   {changed or 'the defaults: learning to copy'}")
-    say(f"machine    {world} x {dev} {torch.cuda.get_device_name(dev) if cuda else f'{torch.get_num_threads()} threads'}, torch {torch.__version__}, "
-        f"{amp}, {'compiled' if compiled else 'not compiled'}, {rate / 1e12:.3g} TFLOP/s of matrix products")
-    say(f"model      {n_parameters:,} parameters")
-    say(f"data       {len(corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
+    say(f"settings  {changed or 'the defaults: learning to copy'}")
+    say(f"machine   {world} x {torch.cuda.get_device_name(dev) if cuda else f'{dev}, {torch.get_num_threads()} threads'}, torch {torch.__version__}, "
+        f"{amp}, {'compiled' if compiled else 'not compiled'}, {peak / 1e12:.3g} TFLOP/s in matrix products")
+    say(f"model     {sum(p.numel() for p in model.parameters()):,} parameters")
+    say(f"data      {len(corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
         + (", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"))
-    say(f"run        {max_steps:,} steps of about {sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps an epoch, "
-        f"{run_flops:.2g} FLOPs, about {clock(estimate)}")
-    log = open(os.path.join(out_dir, "log.jsonl"), "a" if resume else "w", encoding="utf-8") if rank0 else None
+    say(f"run       {max_steps:,} steps of about {sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps an epoch, "
+        f"{run_flops:.2g} FLOPs, about {clock(estimate)}" + (" and a minute or two to compile" if compiled else ""), flush=True)
 
-    def record(**entry):
-        if rank0:
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
+    def record(step, **values):
+        """One line of log.jsonl."""
+        log.write(json.dumps({"step": step, **values, "seconds": round(time.time() - start_time, 2)}) + "\n")
+        log.flush()
 
     def save_checkpoint(step):
-        """last.pt: everything it takes to go on as if nothing had happened."""
-        rng = [torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else torch.empty(0, dtype=torch.uint8)]
-        all_rng = [rng]
+        """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes."""
+        mine = (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None, totals.cpu())
+        everyone = [mine]
         if world > 1:
-            all_rng = [[torch.empty_like(r) for r in rng] for _ in range(world)]
-            for k in range(1 + cuda):
-                gathered = [r[k].to(dev) for r in all_rng]
-                dist.all_gather(gathered, rng[k].to(dev))
-                for r, g in zip(all_rng, gathered):
-                    r[k] = g.cpu()
+            everyone = [None] * world
+            dist.all_gather_object(everyone, mine)
         weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
         if average_last > 1:
             recent.append(weights)
-        if rank0:
+        if rank == 0:
+            rng, cuda_rng, all_totals = zip(*everyone)
             state = {"step": step, "world": world, "settings": {name: globals()[name] for name in settings}, "model": weights,
-                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": [r[0] for r in all_rng],
-                     "cuda_rng": [r[1] for r in all_rng], "history": history, "recent": list(recent)}
+                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng, "cuda_rng": cuda_rng,
+                     "totals": all_totals, "history": history, "recent": list(recent), "best_nll": best_nll}
             write_atomically(last, lambda f: torch.save(state, f))
 
-    def validate(step):
-        """The loss of the validation set, and two translations to look at. Rank 0 alone; the model is as it was after."""
-        model.eval()
-        total = np.zeros(3)
+    def validation_nll():
+        """Mean negative log-likelihood of a target id of the validation set."""
+        total, n = 0.0, 0
         with torch.inference_mode(), autocast():
-            for rows, s, t in plan_epoch(val, 0, 0):
-                x, y = (a.to(dev) for a in val.batch(rows, s, t))
-                smoothed, nll = loss_fn.forward(x, y)
-                total += smoothed.item(), nll.item(), (y[:, 1:] != PAD).sum().item()
-        loss, nll = total[0] / total[2], total[1] / total[2]
-        say(f"step {step:6d}  validation: loss {loss:.4f}, nll {nll:.4f}, perplexity {math.exp(min(nll, 50)):.2f}")
-        if val_lines:
-            picks = [0, len(val_lines[0]) // 2]
-            for i, best in zip(picks, translate(model, tokenizer, [val_lines[0][i] for i in picks], 1)):
-                say(f"    source {val_lines[0][i]}\n    model  {best[0][0]}\n    truth  {val_lines[1][i]}")
-        record(step=step, val_loss=loss, val_nll=nll, val_perplexity=math.exp(min(nll, 50)), seconds=time.time() - start_time)
-        model.train()
+            for rows, S, T in plan_epoch(val, 0, 0):
+                x, y = (ids.to(dev) for ids in val.batch(rows, S, T))
+                total += loss_fn.forward(x, y)[1].item()            # .forward: not the compiled call
+                n += int((val.n_tgt[rows] + 1).sum())
+        return total / n
 
     # ---- training -----------------------------------------------------------------
     model.train()
-    tick, done_tokens = time.time(), 0
-    totals = torch.zeros(3, device=dev, dtype=torch.float64)    # loss, nll, target tokens since the last line, never leaving the device
+    tick, n_ids = time.time(), 0
     for step in range(first_step, max_steps + 1):
-        rate_now = learning_rate_at(step)
         for group in optimizer.param_groups:
-            group["lr"] = rate_now
-        # All processes know the whole plan, so each knows how many target tokens the step has, everywhere together.
-        first = (step - 1) * world * accumulate
-        micro = [batches[first + i] for i in range(world * accumulate)]
-        n_tgt = sum(int((corpus.n_tgt[rows] + 1).sum()) for rows, *_ in micro)
+            group["lr"] = learning_rate_at(step)
+        # Every process knows the whole plan, and so how many target ids the step has on all of them together.
+        start = (step - 1) * world * accumulate
+        micro = [batches[start + i] for i in range(world * accumulate)]
+        n_tgt = sum(int(corpus.n_tgt[rows].sum()) + len(rows) for rows, _, _ in micro)
         for i in range(accumulate):
-            rows, S_, T_, _ = micro[i * world + rank]
-            x, y = (a.to(dev, non_blocking=True) for a in corpus.batch(rows, S_, T_))
+            rows, S, T = micro[i * world + rank]
+            x, y = (ids.to(dev, non_blocking=True) for ids in corpus.batch(rows, S, T))
             if world > 1:
-                step_fn.require_backward_grad_sync = i == accumulate - 1        # one all-reduce for each step
+                step_fn.require_backward_grad_sync = i == accumulate - 1            # one all-reduce a step
             with autocast():
-                smoothed, nll = step_fn(x, y)
-            scaler.scale(smoothed * (world / n_tgt)).backward()                 # DDP takes the mean over processes: undo it
-            totals += torch.stack((smoothed.detach(), nll, (y[:, 1:] != PAD).sum()))
-        scaler.unscale_(optimizer)                                              # before clipping, or it would clip the scale
+                loss, nll = step_fn(x, y)
+            scaler.scale(loss * (world / n_tgt)).backward()                         # DDP averages over ranks: undo that
+            totals += torch.stack((loss.detach(), nll.detach(), (y[:, 1:] != PAD).sum()))
+        scaler.unscale_(optimizer)                                                  # first, or clipping would clip the scale
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        done_tokens += sum(int((corpus.n_src[rows] + corpus.n_tgt[rows] + 2).sum()) for rows, *_ in micro)
+        n_ids += sum(int(corpus.n_src[rows].sum() + corpus.n_tgt[rows].sum()) + 2 * len(rows) for rows, _, _ in micro)
 
-        # ---- diagnostics: nothing below touches the weights ---------------------------
+        # ---- diagnostics: nothing below changes what is learnt ------------------------
         if step % log_interval == 0 or step == max_steps:
-            if world > 1:
-                dist.all_reduce(totals)
-            loss, nll, n = totals.tolist()
+            sums = totals.clone()
             totals.zero_()
-            seconds, tick = time.time() - tick, time.time()
-            speed, done_tokens = done_tokens / seconds, 0
-            mfu = speed * flops(config, *real, S, T) / sum(real) / (rate * world)
-            left = (max_steps - step) * seconds / log_interval
-            history.append((step, nll / n))
-            say(f"step {step:6d}  loss {loss / n:.4f}  nll {nll / n:.4f}  ppl {math.exp(min(nll / n, 50)):8.2f}  lr {rate_now:.2e}  "
-                f"norm {norm.item():.2f}  {speed:,.0f} tok/s  mfu {mfu:.0%}  epoch {step / steps_per_epoch:.1f}  left {clock(left)}", flush=True)
-            record(step=step, loss=loss / n, nll=nll / n, perplexity=math.exp(min(nll / n, 50)), learning_rate=rate_now,
-                   grad_norm=norm.item(), tokens_per_second=speed, mfu=mfu, seconds=time.time() - start_time)
-        if step % checkpoint_interval == 0 or step == max_steps:
-            save_checkpoint(step)
-        if (step % eval_interval == 0 or step == max_steps) and (val_lines or not src):
-            if rank0:
-                validate(step)
+            if world > 1:
+                dist.all_reduce(sums)
+            loss, nll = (sums[:2] / sums[2]).tolist()
+            speed, seconds = n_ids / (time.time() - tick), time.time() - tick
+            tick, n_ids = time.time(), 0
+            history.append((step, nll))
+            if rank == 0:
+                left = (max_steps - step) * seconds / log_interval
+                say(f"step {step:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {math.exp(min(nll, 50)):8.2f}  lr {learning_rate_at(step):.2e}"
+                    f"  norm {norm.item():.2f}  {speed:,.0f} ids/s  mfu {speed * id_flops / peak:.0%}  left {clock(left)}", flush=True)
+                record(step, loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)), learning_rate=learning_rate_at(step),
+                       grad_norm=norm.item(), tokens_per_second=speed, mfu=speed * id_flops / peak)
+        if val and (step % eval_interval == 0 or step == max_steps):
+            if rank == 0:
+                model.eval()
+                nll = validation_nll()
+                say(f"step {step:6d}  validation nll {nll:.4f}  ppl {math.exp(min(nll, 50)):.2f}")
+                record(step, val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
+                if val_text:
+                    picks = [val_text[0][0], val_text[0][len(val_text[0]) // 2]]
+                    for i, out in zip((0, len(val_text[0]) // 2), translate(model, tokenizer, picks, beam_size=1)):
+                        say(f"    source  {val_text[0][i]}\n    model   {out[0][0]}\n    truth   {val_text[1][i]}", flush=True)
+                if nll < best_nll:
+                    best_nll = nll
+                    save(os.path.join(out_dir, "model.pt"), model, tokenizer)
+                model.train()
             if world > 1:
                 dist.barrier()
+        if step % checkpoint_interval == 0 or step == max_steps:
+            save_checkpoint(step)
 
     # ---- the end --------------------------------------------------------------------
-    if rank0:
+    if rank == 0:
+        model_path = os.path.join(out_dir, "model.pt")
         if len(recent) > 1:
-            mean = {name: torch.stack([w[name].float() for w in recent]).mean(0) for name in recent[0]}
-            model.load_state_dict(mean)
-            say(f"averaged the last {len(recent)} checkpoints")
+            model.load_state_dict({name: torch.stack([w[name] for w in recent]).mean(0) for name in recent[0]})
         model.eval()
-        save(os.path.join(out_dir, "model.pt"), model, tokenizer)
+        nll = validation_nll() if val else 0.0
+        if len(recent) > 1:
+            say(f"mean of the last {len(recent)} checkpoints: validation nll {nll:.4f}, best so far {best_nll:.4f}")
+        if not val or nll <= best_nll:
+            save(model_path, model, tokenizer)
+        model, _ = load(model_path, dev)
         if len(history) > 1:
-            say("\nnegative log-likelihood\n" + draw_curve(history) + "\n")
-        if val_lines:
-            if amp == "bfloat16":
-                model.to(torch.bfloat16)
-            hypotheses = [best[0][0] for best in translate(model, tokenizer, val_lines[0], beam_size, length_penalty)]
-            score = bleu(hypotheses, val_lines[1], str.split if bleu_tokenize == "none" else tokenize_13a)
-            say(f"validation BLEU {score:.2f} ({bleu_tokenize}, beam {beam_size}, length penalty {length_penalty})")
-            record(step=max_steps, bleu=score, seconds=time.time() - start_time)
+            say("\nnegative log-likelihood of the training text\n" + draw_curve(history) + "\n")
+        if val_text:
+            model.to(getattr(torch, amp))
+            out = [best[0][0] for best in translate(model, tokenizer, val_text[0], beam_size, length_penalty)]
+            score = bleu(out, val_text[1], str.split if bleu_tokenize == "none" else tokenize_13a)
+            say(f"validation BLEU {score:.2f} (tokenizer {bleu_tokenize}, beam {beam_size}, length penalty {length_penalty})")
+            record(max_steps, bleu=score)
         elif not src:
-            right, shown = 0, 0
-            for rows, s, t in plan_epoch(val, 0, 0):
-                x, y = (a.to(dev) for a in val.batch(rows, s, t))
-                ids, _ = beam_search(model, x, beam_size=1, max_len=t + 5)
-                for source, want, got in zip(x.tolist(), y[:, 1:].tolist(), ids.tolist()):
-                    trim = lambda row: row[:row.index(EOS)]
-                    right += trim(want) == trim(got)
-                    if shown < 3:
-                        shown += 1
-                        say(f"  in  {' '.join(map(str, trim(source)))}\n  out {' '.join(map(str, trim(got)))}")
-            say(f"exact sequence accuracy on {len(val):,} unseen sequences: {right / len(val):.1%}")
-            record(step=max_steps, accuracy=right / len(val), seconds=time.time() - start_time)
-        say(f"{clock(time.time() - start_time)} in all. The model is {os.path.join(out_dir, 'model.pt')}"
-            + (f"; use it:\n  python transformer.py --checkpoint={os.path.join(out_dir, 'model.pt')} < in.txt > out.txt" if src else ""))
+            right, words = 0, lambda row: row[:row.index(EOS)]
+            for rows, S, T in plan_epoch(val, 0, 0):
+                x, y = (ids.to(dev) for ids in val.batch(rows, S, T))
+                out, _ = beam_search(model, x, beam_size=1, max_len=T + 5)
+                pairs = [(words(a), words(b)) for a, b in zip(y[:, 1:].tolist(), out.tolist())]
+                right += sum(a == b for a, b in pairs)
+            for a, b in pairs[:3]:
+                say(f"  in  {' '.join(map(str, a))}\n  out {' '.join(map(str, b))}")
+            say(f"exact-sequence accuracy on {len(val):,} unseen sequences: {right / len(val):.1%}")
+            record(max_steps, accuracy=right / len(val))
+        say(f"{clock(time.time() - start_time)} in all; the model is {model_path}"
+            + (f"\nuse it:  python transformer.py --checkpoint={model_path} < in.txt > out.txt" if src else ""))
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def check_settings(stop):
-    """Stops the run in one line for values that make no sense, before anything is read or written."""
-    texts = {"src": src, "tgt": tgt, "val_src": val_src, "val_tgt": val_tgt}
+    """Stops the run, in one line, for values that make no sense: before anything is read or written."""
+    files = {"src": src, "tgt": tgt, "val_src": val_src, "val_tgt": val_tgt}
     for a, b in (("src", "tgt"), ("val_src", "val_tgt")):
-        if bool(texts[a]) != bool(texts[b]):
-            stop(f"--{a} and --{b} belong together, got {a}={texts[a]!r} and {b}={texts[b]!r}")
+        if bool(files[a]) != bool(files[b]):
+            stop(f"--{a} and --{b} belong together, got {a}={files[a]!r} and {b}={files[b]!r}")
     if val_src and not src:
-        stop("--val_src without --src: there is nothing to train on")
-    for name, path in texts.items():
+        stop("--val_src is given without --src: there is nothing to train on")
+    for name, path in files.items():
         if path and not os.path.isfile(path):
             stop(f"--{name}={path}: expected a text file, found {'a directory' if os.path.isdir(path) else 'nothing there'}")
-    for name in ("batch_tokens", "accumulate", "log_interval", "eval_interval", "checkpoint_interval", "average_last", "beam_size",
-                 "warmup_steps", "max_len"):
-        if globals()[name] < 1:
-            stop(f"--{name} must be at least 1, got {globals()[name]}")
-    for name in ("max_steps", "epochs", "learning_rate", "grad_clip", "max_ratio", "seed"):
-        if not 0 <= globals()[name] < math.inf:
-            stop(f"--{name} must be 0 or more, got {globals()[name]}")
+    for name, low in dict(batch_tokens=1, accumulate=1, log_interval=1, eval_interval=1, checkpoint_interval=1, average_last=1, beam_size=1,
+                          warmup_steps=1, max_len=1, max_steps=0, epochs=0, learning_rate=0, grad_clip=0, max_ratio=0, seed=0).items():
+        if not low <= globals()[name] < math.inf:
+            stop(f"--{name} must be at least {low}, got {globals()[name]}")
     if not 0 <= label_smoothing < 1:
         stop(f"--label_smoothing must lie in [0, 1), got {label_smoothing}")
     if not max_steps and not epochs:
-        stop("nothing to do: --max_steps and --epochs are both 0")
-    for name, options in (("decay", ("inverse_sqrt", "linear")), ("compile", ("auto", "True", "False")), ("bleu_tokenize", ("13a", "none")),
-                          ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+        stop("--max_steps and --epochs are both 0: nothing to do")
+    for name, options in dict(decay=("inverse_sqrt", "linear"), compile=("auto", "True", "False"), bleu_tokenize=("13a", "none"),
+                              dtype=("auto", "float32", "bfloat16", "float16")).items():
         if globals()[name] not in options:
             stop(f"--{name} must be one of {', '.join(options)}, got {globals()[name]!r}")
 
 
 if __name__ == "__main__":
-    if src:                                             # text: what the command line left open comes from the recipe
+    if src:
         globals().update({name: value for name, value in text_recipe.items() if name not in given})
     main()
