@@ -28,12 +28,12 @@ d_ff = 128                  # inner width of the feed-forward networks
 n_heads = 4                 # attention heads
 n_encoder_layers = 2        # layers that read the source
 n_decoder_layers = 2        # layers that write the target
-dropout = 0.1               # probability
+dropout = 0.0               # probability; random sequences leave nothing to overfit, text does
 norm_first = False          # False: the paper's post-norm; True: pre-norm
 # optimisation
 batch_tokens = 2048         # source ids, and target ids, of a micro-batch, padding included
 accumulate = 1              # micro-batches whose gradients make one step, on each process
-max_steps = 400             # optimizer steps; 0: as many as `epochs` needs
+max_steps = 500             # optimizer steps; 0: as many as `epochs` needs
 epochs = 0.0                # passes over the training pairs, if max_steps is 0
 learning_rate = 4e-3        # at the end of warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
 warmup_steps = 100          # steps of linear rise
@@ -56,8 +56,8 @@ resume = False              # continue from out_dir/last.pt
 # ---- end of settings --------------------------------------------------------
 
 text_recipe = dict(
-    vocab_size=5000, d_model=128, d_ff=256, n_encoder_layers=4, n_decoder_layers=4, norm_first=True, batch_tokens=4096,
-    max_steps=0, epochs=10.0, warmup_steps=200, eval_interval=500, checkpoint_interval=500)
+    vocab_size=5000, d_model=128, d_ff=256, n_encoder_layers=4, n_decoder_layers=4, norm_first=True, dropout=0.1,
+    batch_tokens=4096, max_steps=0, epochs=10.0, warmup_steps=200, eval_interval=500, checkpoint_interval=500)
 FIXED = """vocab_size d_model d_ff n_heads n_encoder_layers n_decoder_layers norm_first batch_tokens accumulate seed src tgt
     max_len max_ratio""".split()                        # a resumed run must not change these: the model and its data
 
