@@ -446,16 +446,18 @@ def test_checkpoints(tmp_path, monkeypatch):
     assert not (tmp_path / "evil").is_dir() or (tmp_path / "evil").is_file()
 
 
-def test_a_failed_save_keeps_the_old_file(tmp_path):
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = str(tmp_path / "f")
-    M.write_atomically(path, lambda f: f.write(b"old"))
+    M.write_atomically(path, b"old")
+    for step in ("fsync", "replace"):                                   # a full disk, a folder that went away
 
-    def fails(f):
-        f.write(b"half")
-        raise OSError("disk full")
-    with pytest.raises(OSError):
-        M.write_atomically(path, fails)
-    assert open(path, "rb").read() == b"old" and os.listdir(tmp_path) == ["f"]
+        def fails(*args):
+            raise OSError(28, "No space left on device")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, fails)
+            with pytest.raises(OSError):
+                M.save(path, small())
+        assert open(path, "rb").read() == b"old" and os.listdir(tmp_path) == ["f"]
 
 
 # ---- the file itself -----------------------------------------------------------
@@ -565,8 +567,8 @@ def test_training_mistakes_cost_one_line(tmp_path):
     for name, text in (("a", "x\ny\n"), ("b", "x\n"), ("empty", "")):
         (tmp_path / name).write_text(text)
     files = lambda a, b: [f"--src={tmp_path}/{a}", f"--tgt={tmp_path}/{b}", "--vocab_size=300", f"--out_dir={tmp_path}/out"]
-    for args, word in ((files("a", "b"), "as many lines, got 2 and 1"), (files("a", "none"), "nothing there"), (files("empty", "empty"), "is empty"),
-                       (files("a", ""), "directory"), (["--src=x"], "belong together"), (["--n_heads=3"], "divisible"), (["--decay=cosine"], "decay"),
+    for args, word in ((files("a", "b"), "ends after 1"), (files("a", "none"), "nothing there"), (files("empty", "empty"), "are empty"),
+                       (files("a", ""), "another thing"), (["--src=x"], "belong together"), (["--n_heads=3"], "divisible"), (["--decay=cosine"], "decay"),
                        (["--batch_tokens=0"], "batch_tokens"), (["--resume=True", f"--out_dir={tmp_path}/new"], "there is no"), (["--device=warp"], "device"),
                        (["--dropout=2"], "dropout"), (["--label_smoothing=1"], "label_smoothing"), (files("a", "a")[:-2] + ["--vocab_size=9"], "259")):
         if not any(a.startswith("--out_dir") for a in args):

@@ -68,20 +68,23 @@ import sys
 import time
 
 
+def fail(message):
+    """A mistake of the user's: one line, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def override(settings, argv, path):
-    """Settings with those of argv (--name=value) in place. Each keeps the type of its default. -> the new values only
+    """The settings that argv (--name=value) changes, each of the type of its default; nothing is evaluated as code.
 
-    A user's mistake costs one line and exit status 2. Values are never evaluated as code.
+    --help prints the docstring and the settings block of the script at path.
     """
-    def fail(message):
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
     given = {}
     for arg in argv:
         if arg in ("--help", "-h"):
             text = open(path, encoding="utf-8").read()
-            print(text.split('"""')[1].strip() + "\n\n" + text.split("# ---- settings")[1].split("\n", 1)[1].split("# ---- end")[0].rstrip())
+            block = text.split("# ---- settings")[1].split("# ---- end")[0].split("\n", 1)[1]
+            print(text.split('"""')[1].strip(), block.rstrip(), sep="\n\n")
             sys.exit(0)
         name, equals, value = arg.removeprefix("--").partition("=")     # the first "=" only: a value may hold more
         if not arg.startswith("--") or name not in settings:
@@ -89,7 +92,7 @@ def override(settings, argv, path):
             fail(f"unknown setting {arg!r}" + (f", did you mean --{near[0]}?" if near else "; --help lists them all"))
         kind = type(settings[name])
         if not equals:
-            fail(f"--{name} needs a value: --{name}={settings[name]}")
+            fail(f"--{name} needs a value, as in --{name}={settings[name]}")
         try:
             given[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
@@ -98,25 +101,29 @@ def override(settings, argv, path):
     return given
 
 
-settings = {name: value for name, value in globals().items() if not name.startswith("_") and type(value) in (bool, int, float, str)}
-if __name__ == "__main__":                                              # before torch is imported: a typo costs no waiting
+settings = {name: value for name, value in globals().items() if type(value) in (bool, int, float, str) and name[0] != "_"}
+if __name__ == "__main__":                              # before torch is imported: a typo costs no waiting
     given = override(settings, sys.argv[1:], __file__)
     globals().update(given)
 
+import fcntl
 import gzip
+import itertools
 import json
 import math
+import multiprocessing
 import shutil
+import signal
+import zlib
 from collections import Counter, deque
-from dataclasses import asdict
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 
-from transformer import BOS, EOS, PAD, Config, Tokenizer, Transformer, beam_search, fail, has_bfloat16, load, save, translate, write_atomically
+from transformer import (BOS, EOS, PAD, Config, Tokenizer, Transformer, beam_search, has_bfloat16, load, save, translate,
+                         write_atomically)
 
 
 # -----------------------------------------------------------------------------
@@ -168,22 +175,55 @@ def read_lines(path):
 
 
 def read_pairs(src, tgt):
-    """(source line, target line), to the end of both files. Raises ValueError if one is longer, empty or unreadable."""
-    a, b, n = read_lines(src), read_lines(tgt), 0
+    """(source line, target line), to the end of both files. Raises ValueError if they don't match or can't be read."""
+    n = 0
     try:
-        while True:
-            x, y = next(a, None), next(b, None)
+        for n, (x, y) in enumerate(itertools.zip_longest(read_lines(src), read_lines(tgt)), 1):
             if x is None or y is None:
-                break
-            n += 1
+                raise ValueError(f"{src} and {tgt} must have as many lines, but {src if x is None else tgt} ends after {n - 1:,}")
             yield x, y
-    except (OSError, EOFError, gzip.zlib.error) as error:
-        raise ValueError(f"cannot read {src} and {tgt}: {error}") from None
-    if (x is None) != (y is None):
-        extra = sum(1 for _ in (b if x is None else a)) + 1
-        raise ValueError(f"{src} and {tgt} must have as many lines, got {n + extra * (y is None)} and {n + extra * (x is None)}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot read {src} and {tgt} after line {n:,}: {error}") from None
     if not n:
-        raise ValueError(f"{src} is empty, expected one sentence a line")
+        raise ValueError(f"{src} and {tgt} are empty, expected one sentence a line")
+
+
+def count_words(pairs):
+    """The work of one process on a list of pairs, first pass: how often each word occurs."""
+    return Counter(word for pair in pairs for line in pair for word in Tokenizer.words(line[:100 * max_len]))
+
+
+def encode_pairs(pairs):
+    """Second pass: [source ids, target ids] of the pairs fit for training, and counts of the others by reason."""
+    kept, skipped = [], Counter(empty=0, too_long=0, ratio=0)
+    for x, y in pairs:
+        if not x.strip() or not y.strip():
+            skipped["empty"] += 1
+        elif max(len(x), len(y)) > 100 * max_len:       # not worth encoding
+            skipped["too_long"] += 1
+        else:
+            x, y = (prepare.tokenizer.encode(line) for line in (x, y))
+            short, long = sorted((len(x), len(y)))
+            if long >= max_len:
+                skipped["too_long"] += 1
+            elif long > max_ratio * short + 5:
+                skipped["ratio"] += 1
+            else:
+                kept.append((x, y))
+    kind = np.uint16 if vocab_size <= 1 << 16 else np.uint32            # ids above 65,535 don't fit two bytes
+    sides = [(np.array([i for row in rows for i in row], kind), np.array([len(row) for row in rows], np.int64))
+             for rows in (zip(*kept) if kept else ((), ()))]
+    return sides, skipped
+
+
+def on_all_cores(work, pairs, n=5000):
+    """work(list of n pairs) for all pairs, in order, on every core. Reads only as far ahead as the cores can use."""
+    parts = iter(lambda: list(itertools.islice(pairs, n)), [])
+    if not sys.platform.startswith("linux"):            # elsewhere a forked process is not safe
+        yield from map(work, parts)
+    else:
+        with multiprocessing.get_context("fork").Pool() as pool:
+            yield from pool.imap(work, parts)
 
 
 def prepare(folder):
@@ -192,53 +232,40 @@ def prepare(folder):
     What is there is used if it was made from the same files (by size and time) with the same settings. Neither the text
     nor the ids have to fit in memory. -> (Corpus on disk, Tokenizer, counts of the pairs left out)
     """
-    made_from = {"vocab_size": vocab_size, "max_len": max_len, "max_ratio": max_ratio,
-                 "files": [[os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in (src, tgt)]}
-    index = os.path.join(folder, "index.json")
+    stats = [os.stat(path) for path in (src, tgt)]
+    made_from = [vocab_size, max_len, max_ratio, [[s.st_size, s.st_mtime_ns] for s in stats], os.path.abspath(src), os.path.abspath(tgt)]
+    index, names = os.path.join(folder, "index.json"), [os.path.join(folder, name) for name in ("src", "tgt")]
+    sizes = lambda: [os.path.getsize(name + kind) for name in names for kind in (".ids", ".lengths")]
     try:
-        found = json.load(open(index, encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    kind = np.uint16 if vocab_size <= 1 << 16 else np.uint32            # ids above 65,535 don't fit two bytes
-    names = [os.path.join(folder, name) for name in ("src.ids", "src.start", "tgt.ids", "tgt.start")]
-    if found.get("made_from") != made_from:
+        with open(index, encoding="utf-8") as f:
+            found = json.load(f)
+        fresh = found["made_from"] == made_from and found["sizes"] == sizes()
+    except (OSError, ValueError, KeyError, TypeError):
+        fresh = False
+    if not fresh:
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(index):
-            os.remove(index)
         counts = Counter()
-        for pair in read_pairs(src, tgt):
-            for line in pair:
-                counts.update(Tokenizer.words(line[:100 * max_len]))
-        tokenizer = Tokenizer.from_word_counts(counts, vocab_size)
-        skipped = Counter(empty=0, too_long=0, ratio=0)
-        files, at = [open(name, "wb") for name in names], [0, 0]
-        for f in files[1::2]:
-            f.write(np.zeros(1, np.int64).tobytes())
-        for x, y in read_pairs(src, tgt):
-            if not x.strip() or not y.strip():
-                skipped["empty"] += 1
-                continue
-            if max(len(x), len(y)) > 100 * max_len:
-                skipped["too_long"] += 1
-                continue
-            x, y = tokenizer.encode(x), tokenizer.encode(y)
-            if max(len(x), len(y)) >= max_len:
-                skipped["too_long"] += 1
-            elif max(len(x), len(y)) > max_ratio * min(len(x), len(y)) + 5:
-                skipped["ratio"] += 1
-            else:
-                for side, ids in enumerate((x, y)):
-                    at[side] += len(ids)
-                    files[2 * side].write(np.array(ids, kind).tobytes())
-                    files[2 * side + 1].write(np.array([at[side]], np.int64).tobytes())
-        for f in files:
-            f.close()
-        if not at[0]:
-            raise ValueError(f"no pair of {src} and {tgt} is fit for training: {dict(skipped)}")
-        found = {"made_from": made_from, "skipped": skipped, "merges": tokenizer.merges}
-        write_atomically(index, lambda f: f.write(json.dumps(found).encode()))
-    arrays = [np.memmap(name, kind if name.endswith("ids") else np.int64, "r") for name in names]
-    return Corpus(arrays[0], np.array(arrays[1]), arrays[2], np.array(arrays[3])), Tokenizer(found["merges"]), found["skipped"]
+        for part in on_all_cores(count_words, read_pairs(src, tgt)):
+            counts.update(part)
+            if len(counts) > 3_000_000:                 # rare words don't decide a merge, but they fill the memory
+                counts = Counter({word: n for word, n in counts.items() if n > 1})
+        prepare.tokenizer = Tokenizer.from_word_counts(dict(counts.most_common(500_000)), vocab_size)
+        skipped = Counter()
+        with open(names[0] + ".ids", "wb") as a, open(names[0] + ".lengths", "wb") as b, \
+                open(names[1] + ".ids", "wb") as c, open(names[1] + ".lengths", "wb") as d:
+            for sides, reasons in on_all_cores(encode_pairs, read_pairs(src, tgt)):
+                skipped.update(reasons)
+                for f, array in zip((a, b, c, d), itertools.chain(*sides)):
+                    f.write(array.tobytes())
+        if not any(sizes()):
+            raise ValueError(f"no pair of {src} and {tgt} is fit for training; left out: {dict(skipped)}")
+        found = {"made_from": made_from, "sizes": sizes(), "skipped": skipped, "merges": prepare.tokenizer.merges}
+        write_atomically(index, json.dumps(found).encode())
+    sides = []
+    for name in names:
+        start = np.concatenate(([0], np.cumsum(np.fromfile(name + ".lengths", np.int64))))
+        sides += [np.memmap(name + ".ids", np.uint16 if vocab_size <= 1 << 16 else np.uint32, "r"), start]
+    return Corpus(*sides), Tokenizer(found["merges"]), found["skipped"]
 
 
 # -----------------------------------------------------------------------------
@@ -287,7 +314,11 @@ def plan_epoch(corpus, epoch, seed):
         rows = rows[:changes[-1]] if len(changes) and changes[-1] >= n / 2 else rows
         batches.append((rows, int(S[rows].max()), int(T[rows].max())))
         at += len(rows)
-    return [batches[i] for i in rng.permutation(len(batches))]
+    order = rng.permutation(len(batches))
+    if epoch == 0:                                                          # the largest first: too little memory shows
+        size = [len(batches[i][0]) * batches[i][1] * batches[i][2] for i in order]
+        order = np.roll(order, -int(np.argmax(size)))
+    return [batches[i] for i in order]
 
 
 class Batches:
@@ -447,18 +478,22 @@ def main():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
+    wait_for_all = dist.barrier if world > 1 else lambda: None
     torch.set_float32_matmul_precision("high")
 
     # ---- data -------------------------------------------------------------------
     tokenizer, skipped, val, val_text = None, {}, None, None
+    last, log_path, model_path = (os.path.join(out_dir, name) for name in ("last.pt", "log.jsonl", "model.pt"))
     try:
         os.makedirs(out_dir, exist_ok=True)
+        if rank == 0:
+            log = open(log_path, "a", encoding="utf-8")
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # held until this process ends, however it ends
         if src:
             if rank == 0:                               # the first one works, the others find it done
                 say(f"preparing {src} and {tgt} ...", flush=True)
                 prepare(os.path.join(out_dir, "data"))
-            if world > 1:
-                dist.barrier()
+            wait_for_all()
             corpus, tokenizer, skipped = prepare(os.path.join(out_dir, "data"))
             if val_src:
                 val_text = list(zip(*read_pairs(val_src, val_tgt)))
@@ -467,6 +502,8 @@ def main():
             rows = copy_task(20_000, seed)
             new = copy_task(1_000, seed + 1, without=rows)
             corpus, val = Corpus.of(rows, rows), Corpus.of(new, new)
+    except BlockingIOError:
+        stop(f"another run is writing to {out_dir}; give this one its own --out_dir")
     except (OSError, ValueError) as error:
         stop(str(error))
     batches, plan = Batches(corpus, seed), plan_epoch(corpus, 0, seed)
@@ -476,12 +513,13 @@ def main():
     # ---- model, loss, optimizer -----------------------------------------------------
     torch.manual_seed(seed)
     try:
-        config = Config(len(tokenizer) if tokenizer else vocab_size, d_model, n_heads, d_ff, n_encoder_layers, n_decoder_layers,
-                        dropout, norm_first)
+        config = Config(len(tokenizer) if tokenizer else vocab_size, d_model, n_heads, d_ff, n_encoder_layers,
+                        n_decoder_layers, dropout, norm_first)
     except ValueError as error:
         stop(str(error))
     model = Transformer(config).to(dev)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=dev.type in ("cpu", "cuda"))    # §5.3
+    fused = dev.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=fused)      # §5.3
     torch.manual_seed(seed + rank)                      # the same weights on every rank, but other dropout
 
     # Narrow matrices don't win back the casts to bfloat16; a GPU without it has float16, which needs its loss scaled.
@@ -501,20 +539,25 @@ def main():
     if compiled and not cuda and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
         say("no C++ compiler found: running without torch.compile")
         compiled = False
-    loss_fn = Loss(model, label_smoothing)
+    step_fn = loss_fn = Loss(model, label_smoothing)
     if compiled:
         torch._dynamo.config.optimize_ddp = False       # one graph under DDP, not one for each of its buckets
         loss_fn.compile(dynamic=True)                   # one graph for all batch shapes
-    step_fn = loss_fn
     if world > 1:
         step_fn = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[dev.index] if cuda else None)
+        ours = [{name: globals()[name] for name in settings}, len(corpus), sum(real), config.vocab_size, torch.__version__]
+        theirs = [None] * world
+        dist.all_gather_object(theirs, ours)
+        different = [r for r in range(world) if theirs[r] != theirs[0]]
+        if different:
+            stop(f"rank {different[0]} has other settings, another corpus or another torch than rank 0: {theirs[different[0]]}")
 
     # ---- resume -------------------------------------------------------------------
-    last, log_path = os.path.join(out_dir, "last.pt"), os.path.join(out_dir, "log.jsonl")
-    # loss, nll and target ids since the last progress line, on the device: reading them would make it wait
+    # Loss, nll and target ids since the last progress line, on the device: to read them would be to wait for it.
     totals = torch.zeros(3, dtype=torch.float64, device=dev)
     first_step, history, recent, best_nll = 1, [], deque(maxlen=average_last), math.inf
-    if resume:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(last)   # torchrun --max-restarts
+    if resume or restarted:
         try:
             state = torch.load(last, map_location="cpu", weights_only=True)
             for name in FIXED:
@@ -525,31 +568,35 @@ def main():
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
+            first_step, history, best_nll = state["step"] + 1, state["history"], state["best_nll"]
+            recent.extend(state["recent"])
+            totals.copy_(state["totals"][rank])
+            torch.set_rng_state(state["rng"][rank])
+            if cuda:
+                torch.cuda.set_rng_state(state["cuda_rng"][rank])
         except FileNotFoundError:
             stop(f"--resume=True, but there is no {last}; start without it")
-        except Exception as error:      # a damaged or foreign file fails in too many ways to name
-            stop(f"{last} can't be resumed from: {str(error).splitlines()[0]}")
-        first_step, history, best_nll = state["step"] + 1, [tuple(point) for point in state["history"]], state["best_nll"]
-        recent.extend(state["recent"])
-        totals.copy_(state["totals"][rank])
-        torch.set_rng_state(state["rng"][rank])
-        if cuda:
-            torch.cuda.set_rng_state(state["cuda_rng"][rank])
-        if rank == 0:                   # what the log tells of later steps will be told again
-            lines = [line for line in open(log_path, encoding="utf-8") if json.loads(line)["step"] <= state["step"]]
-            write_atomically(log_path, lambda f: f.write("".join(lines).encode()))
-    log = open(log_path, "a" if resume else "w", encoding="utf-8") if rank == 0 else None
+        except Exception as error:      # a damaged or foreign file fails in more ways than can be named
+            stop(f"{last} can't be resumed from: {(str(error) or type(error).__name__).splitlines()[0]}")
+    if rank == 0:                       # what the log tells of steps that are to come again goes
+        with open(log_path, encoding="utf-8") as f:
+            lines = [line for line in f if first_step > 1 and line.endswith("}\n") and json.loads(line)["step"] < first_step]
+        log.truncate(0)
+        log.write("".join(lines))
 
     # ---- banner -------------------------------------------------------------------
     changed = " ".join(f"{name}={globals()[name]}" for name in settings if globals()[name] != settings[name])
+    where = torch.cuda.get_device_name(dev) if cuda else f"{dev}, {torch.get_num_threads()} threads"
     say(f"settings  {changed or 'the defaults: learning to copy'}")
-    say(f"machine   {world} x {torch.cuda.get_device_name(dev) if cuda else f'{dev}, {torch.get_num_threads()} threads'}, torch {torch.__version__}, "
-        f"{amp}, {'compiled' if compiled else 'not compiled'}, {peak / 1e12:.3g} TFLOP/s in matrix products")
+    say(f"machine   {world} x {where}, torch {torch.__version__}, {amp}, {'' if compiled else 'not '}compiled, "
+        f"{peak / 1e12:.3g} TFLOP/s in matrix products")
     say(f"model     {sum(p.numel() for p in model.parameters()):,} parameters")
     say(f"data      {len(corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
         + (", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"))
     say(f"run       {max_steps:,} steps of about {sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps an epoch, "
-        f"{run_flops:.2g} FLOPs, about {clock(estimate)}" + (" and a minute or two to compile" if compiled else ""), flush=True)
+        f"{run_flops:.2g} FLOPs, about {clock(estimate)}" + (" and some minutes to compile" if compiled else ""), flush=True)
+    if first_step > 1:
+        say(f"resumed   from {last}, after step {first_step - 1:,}")
 
     def record(step, **values):
         """One line of log.jsonl."""
@@ -563,15 +610,12 @@ def main():
         if world > 1:
             everyone = [None] * world
             dist.all_gather_object(everyone, mine)
-        weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
-        if average_last > 1:
-            recent.append(weights)
         if rank == 0:
             rng, cuda_rng, all_totals = zip(*everyone)
-            state = {"step": step, "world": world, "settings": {name: globals()[name] for name in settings}, "model": weights,
-                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng, "cuda_rng": cuda_rng,
-                     "totals": all_totals, "history": history, "recent": list(recent), "best_nll": best_nll}
-            write_atomically(last, lambda f: torch.save(state, f))
+            write_atomically(last, {
+                "step": step, "world": world, "settings": {name: globals()[name] for name in settings}, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng, "cuda_rng": cuda_rng,
+                "totals": all_totals, "history": history, "recent": list(recent), "best_nll": best_nll})
 
     def validation_nll():
         """Mean negative log-likelihood of a target id of the validation set."""
@@ -582,6 +626,10 @@ def main():
                 total += loss_fn.forward(x, y)[1].item()            # .forward: not the compiled call
                 n += int((val.n_tgt[rows] + 1).sum())
         return total / n
+
+    signals = []                                        # the first of these makes the loop below save and end
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signals.append(number))
 
     # ---- training -----------------------------------------------------------------
     model.train()
@@ -604,6 +652,11 @@ def main():
             totals += torch.stack((loss.detach(), nll.detach(), (y[:, 1:] != PAD).sum()))
         scaler.unscale_(optimizer)                                                  # first, or clipping would clip the scale
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        due = step % log_interval == 0 or step % checkpoint_interval == 0 or step == max_steps
+        # A GPU is asked for the norm only when it must be read anyway. What is saved has been checked either way.
+        if (due or not cuda) and not scaler.is_enabled() and not math.isfinite(norm.item()):
+            stop(f"the gradient is {norm.item()} at step {step:,}{' or shortly before' if cuda else ''}, in sentences "
+                 f"{sorted(int(r) for rows, _, _ in micro for r in rows)[:20]}...; {last} is from before; lower --learning_rate?")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -616,9 +669,9 @@ def main():
             if world > 1:
                 dist.all_reduce(sums)
             loss, nll = (sums[:2] / sums[2]).tolist()
-            speed, seconds = n_ids / (time.time() - tick), time.time() - tick
-            tick, n_ids = time.time(), 0
-            history.append((step, nll))
+            seconds, tick = time.time() - tick, time.time()
+            speed, n_ids = n_ids / seconds, 0
+            history.append([step, nll])
             if rank == 0:
                 left = (max_steps - step) * seconds / log_interval
                 say(f"step {step:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {math.exp(min(nll, 50)):8.2f}  lr {learning_rate_at(step):.2e}"
@@ -632,28 +685,38 @@ def main():
                 say(f"step {step:6d}  validation nll {nll:.4f}  ppl {math.exp(min(nll, 50)):.2f}")
                 record(step, val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
                 if val_text:
-                    picks = [val_text[0][0], val_text[0][len(val_text[0]) // 2]]
-                    for i, out in zip((0, len(val_text[0]) // 2), translate(model, tokenizer, picks, beam_size=1)):
+                    picks = (0, len(val_text[0]) // 2)
+                    for i, out in zip(picks, translate(model, tokenizer, [val_text[0][i] for i in picks], beam_size=1)):
                         say(f"    source  {val_text[0][i]}\n    model   {out[0][0]}\n    truth   {val_text[1][i]}", flush=True)
                 if nll < best_nll:
                     best_nll = nll
-                    save(os.path.join(out_dir, "model.pt"), model, tokenizer)
+                    save(model_path, model, tokenizer)
                 model.train()
-            if world > 1:
-                dist.barrier()
+            wait_for_all()
         if step % checkpoint_interval == 0 or step == max_steps:
+            if average_last > 1:
+                recent.append({name: w.detach().cpu().clone() for name, w in model.state_dict().items()})
             save_checkpoint(step)
+        # One process may have heard a signal that the others have not: they agree, and all end after the same step.
+        heard = signals[0] if signals else 0
+        if world > 1 and (due or not cuda):
+            flag = torch.tensor(heard, device=dev)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            heard = int(flag)
+        if heard and (due or not cuda or world == 1):
+            save_checkpoint(step)
+            say(f"{signal.Signals(heard).name} after step {step:,}: saved {last}; go on with the same command and --resume=True")
+            sys.exit(128 + heard)
 
     # ---- the end --------------------------------------------------------------------
     if rank == 0:
-        model_path = os.path.join(out_dir, "model.pt")
         if len(recent) > 1:
             model.load_state_dict({name: torch.stack([w[name] for w in recent]).mean(0) for name in recent[0]})
         model.eval()
-        nll = validation_nll() if val else 0.0
-        if len(recent) > 1:
-            say(f"mean of the last {len(recent)} checkpoints: validation nll {nll:.4f}, best so far {best_nll:.4f}")
-        if not val or nll <= best_nll:
+        nll = validation_nll() if val else -math.inf
+        if len(recent) > 1 and val:
+            say(f"mean of the last {len(recent)} checkpoints: validation nll {nll:.4f}, best without {best_nll:.4f}")
+        if nll <= best_nll:
             save(model_path, model, tokenizer)
         model, _ = load(model_path, dev)
         if len(history) > 1:
@@ -665,20 +728,20 @@ def main():
             say(f"validation BLEU {score:.2f} (tokenizer {bleu_tokenize}, beam {beam_size}, length penalty {length_penalty})")
             record(max_steps, bleu=score)
         elif not src:
-            right, words = 0, lambda row: row[:row.index(EOS)]
+            pairs, words = [], lambda row: row[:row.index(EOS)]
             for rows, S, T in plan_epoch(val, 0, 0):
                 x, y = (ids.to(dev) for ids in val.batch(rows, S, T))
                 out, _ = beam_search(model, x, beam_size=1, max_len=T + 5)
-                pairs = [(words(a), words(b)) for a, b in zip(y[:, 1:].tolist(), out.tolist())]
-                right += sum(a == b for a, b in pairs)
+                pairs += [(words(a), words(b)) for a, b in zip(y[:, 1:].tolist(), out.tolist())]
             for a, b in pairs[:3]:
                 say(f"  in  {' '.join(map(str, a))}\n  out {' '.join(map(str, b))}")
-            say(f"exact-sequence accuracy on {len(val):,} unseen sequences: {right / len(val):.1%}")
-            record(max_steps, accuracy=right / len(val))
+            accuracy = sum(a == b for a, b in pairs) / len(pairs)
+            say(f"exact-sequence accuracy on {len(val):,} unseen sequences: {accuracy:.1%}")
+            record(max_steps, accuracy=accuracy)
         say(f"{clock(time.time() - start_time)} in all; the model is {model_path}"
             + (f"\nuse it:  python transformer.py --checkpoint={model_path} < in.txt > out.txt" if src else ""))
+    wait_for_all()
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -692,9 +755,10 @@ def check_settings(stop):
         stop("--val_src is given without --src: there is nothing to train on")
     for name, path in files.items():
         if path and not os.path.isfile(path):
-            stop(f"--{name}={path}: expected a text file, found {'a directory' if os.path.isdir(path) else 'nothing there'}")
-    for name, low in dict(batch_tokens=1, accumulate=1, log_interval=1, eval_interval=1, checkpoint_interval=1, average_last=1, beam_size=1,
-                          warmup_steps=1, max_len=1, max_steps=0, epochs=0, learning_rate=0, grad_clip=0, max_ratio=0, seed=0).items():
+            stop(f"--{name}={path}: expected a text file, found {'another thing' if os.path.exists(path) else 'nothing there'}")
+    for name, low in dict(batch_tokens=1, accumulate=1, log_interval=1, eval_interval=1, checkpoint_interval=1, average_last=1,
+                          beam_size=1, warmup_steps=1, max_len=1, max_steps=0, epochs=0, learning_rate=0, grad_clip=0,
+                          max_ratio=0, seed=0).items():
         if not low <= globals()[name] < math.inf:
             stop(f"--{name} must be at least {low}, got {globals()[name]}")
     if not 0 <= label_smoothing < 1:
@@ -710,4 +774,11 @@ def check_settings(stop):
 if __name__ == "__main__":
     if src:
         globals().update({name: value for name, value in text_recipe.items() if name not in given})
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        fail(f"out of memory: lower --batch_tokens={batch_tokens} and raise --accumulate={accumulate} to make up for it")
+    except OSError as error:
+        fail(f"{error}; what was saved before is intact")

@@ -603,6 +603,7 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
 import argparse
 import difflib
 import heapq
+import io
 import os
 import re
 import select
@@ -748,27 +749,31 @@ def merge(ids, pair, new):
 FORMAT = "attention-is-all-you-need/1"
 
 
-def write_atomically(path, write):
-    """Calls write(file) on a file beside path, flushes it to disk and only then puts it in path's place."""
+def write_atomically(path, content):
+    """Puts content, bytes or anything torch.save takes, in a file beside path, flushes it to disk, and only then gives
+    it path's name. Whenever the power goes, path is the old file or the new one, whole."""
+    if not isinstance(content, bytes):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getbuffer()
     path = os.path.realpath(path)
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as f:
-            write(f)
+        with open(path + ".tmp", "wb") as f:
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        os.replace(path + ".tmp", path)
+    except OSError:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
 
 
 def save(path, model, tokenizer=None):
-    """Writes the model, its config and its tokenizer to one file. A crash leaves the old file, never half of the new."""
+    """Writes the model, its config and its tokenizer to one file, atomically. Raises OSError if it can't."""
     merges = None if tokenizer is None else torch.tensor(tokenizer.merges, dtype=torch.int32).view(-1, 2)
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
-    checkpoint = {"format": FORMAT, "config": asdict(model.config), "model": weights, "merges": merges}
-    write_atomically(path, lambda f: torch.save(checkpoint, f))
+    write_atomically(path, {"format": FORMAT, "config": asdict(model.config), "model": weights, "merges": merges})
 
 
 def load(path, device="cpu"):
