@@ -129,7 +129,7 @@ def main():
         """Seconds of one training step: forward, loss, backward, Adam."""
         loss_fn = Loss(model.train(), 0.1)
         if compiled:
-            loss_fn.compile()
+            loss_fn.compile_parts()
         call = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[dev.index] if cuda else None) if parallel else loss_fn
         optimizer = torch.optim.Adam(model.parameters(), 1e-4, (0.9, 0.98), 1e-9, fused=True)
 

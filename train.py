@@ -35,12 +35,14 @@ batch_tokens = 2048         # source ids, and target ids, of a micro-batch, padd
 accumulate = 1              # micro-batches whose gradients make one step, on each process
 max_steps = 500             # optimizer steps; 0: as many as `epochs` needs
 epochs = 0.0                # passes over the training pairs, if max_steps is 0
-learning_rate = 4e-3        # at the end of warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
+learning_rate = 4e-3        # of Adam at the end of warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
+muon = 0.0                  # learning rate of Muon for the matrices of the layers; 0: Adam for all, as in the paper
 warmup_steps = 100          # steps of linear rise
 decay = "linear"            # after warm-up: inverse_sqrt (§5.3), or linear, down to 0 at max_steps
 label_smoothing = 0.1       # §5.4
 grad_clip = 1.0             # the gradient's largest norm; 0: any
-average_last = 1            # model.pt is the mean of this many checkpoints, the last ones (§6.1 uses 5)
+average_last = 1            # model.pt is the mean of this many checkpoints, the last ones (§6.1 uses 5), if that is better
+patience = 0                # stop after this many validations in a row without a better one; 0: never
 # evaluation
 log_interval = 50           # steps between progress lines
 eval_interval = 200         # steps between validations
@@ -55,9 +57,20 @@ compile = "auto"            # True, False; auto: where the run is long enough to
 resume = False              # continue from out_dir/last.pt
 # ---- end of settings --------------------------------------------------------
 
-text_recipe = dict(
-    vocab_size=5000, d_model=128, d_ff=256, n_encoder_layers=4, n_decoder_layers=4, norm_first=True, dropout=0.1,
-    batch_tokens=4096, max_steps=0, epochs=10.0, warmup_steps=200, eval_interval=500, checkpoint_interval=500)
+# With --src, these take the place of what the command line leaves open: the first row whose size, in MB of text on both
+# sides, is not below that of the corpus. A small corpus needs a small model, much dropout and many epochs.
+SMALL = dict(n_encoder_layers=4, n_decoder_layers=4, norm_first=True, batch_tokens=4096, max_steps=0, muon=1e-2,
+             warmup_steps=200, eval_interval=500, checkpoint_interval=500)
+RECIPES = {
+    2: dict(SMALL, vocab_size=3000, d_model=128, d_ff=256, dropout=0.3, epochs=40.0),                  # 15,000 pairs
+    15: dict(SMALL, vocab_size=5000, d_model=128, d_ff=256, dropout=0.2, epochs=20.0),                 # 100,000
+    100: dict(SMALL, vocab_size=10000, d_model=256, d_ff=1024, dropout=0.2, epochs=20.0, learning_rate=2e-3),      # 700,000
+    600: dict(SMALL, vocab_size=32000, d_model=512, d_ff=2048, n_heads=8, n_encoder_layers=6, n_decoder_layers=6,
+              dropout=0.1, epochs=15.0, batch_tokens=8192, learning_rate=1e-3, warmup_steps=1000),     # 4 million
+    10 ** 9: dict(vocab_size=37000, d_model=512, d_ff=2048, n_heads=8, n_encoder_layers=6, n_decoder_layers=6, dropout=0.1,
+                   batch_tokens=3125, accumulate=8, max_steps=100_000, learning_rate=0.0, warmup_steps=4000, decay="inverse_sqrt",
+                   average_last=5, eval_interval=1000, checkpoint_interval=1000),                      # the paper, on one GPU
+}
 FIXED = """vocab_size d_model d_ff n_heads n_encoder_layers n_decoder_layers norm_first batch_tokens accumulate seed src tgt
     max_len max_ratio""".split()                        # a resumed run must not change these: the model and its data
 
@@ -116,14 +129,15 @@ import shutil
 import signal
 import zlib
 from collections import Counter, deque
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from transformer import (BOS, EOS, PAD, Config, Tokenizer, Transformer, beam_search, has_bfloat16, load, save, translate,
-                         write_atomically)
+from transformer import (BOS, EOS, PAD, Config, Tokenizer, Transformer, beam_search, has_bfloat16, load,
+                         read_checkpoint, save, translate, write_atomically)
 
 
 # -----------------------------------------------------------------------------
@@ -219,11 +233,13 @@ def encode_pairs(pairs):
 def on_all_cores(work, pairs, n=5000):
     """work(list of n pairs) for all pairs, in order, on every core. Reads only as far ahead as the cores can use."""
     parts = iter(lambda: list(itertools.islice(pairs, n)), [])
-    if not sys.platform.startswith("linux"):            # elsewhere a forked process is not safe
-        yield from map(work, parts)
+    first = list(itertools.islice(parts, 2))
+    if len(first) < 2 or not sys.platform.startswith("linux"):          # elsewhere a forked process is not safe
+        yield from map(work, itertools.chain(first, parts))
     else:
-        with multiprocessing.get_context("fork").Pool() as pool:
-            yield from pool.imap(work, parts)
+        ignore = (signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent alone
+        with multiprocessing.get_context("fork").Pool(initializer=signal.signal, initargs=ignore) as pool:
+            yield from pool.imap(work, itertools.chain(first, parts))
 
 
 def prepare(folder):
@@ -343,9 +359,14 @@ class Batches:
 # -----------------------------------------------------------------------------
 # §5.3, §5.4 Schedule and loss
 
+def peak_rate():
+    """The rate at the end of warm-up. In Eq. 3, where the two sides of its min meet, it is (d_model·warmup_steps)^-0.5."""
+    return learning_rate or (d_model * warmup_steps) ** -0.5
+
+
 def learning_rate_at(step):
     """§5.3, Eq. 3, for steps from 1: a linear rise to the peak, then ∝ 1/√step. Or a straight line down to zero."""
-    peak = learning_rate or (d_model * warmup_steps) ** -0.5                # 0: exactly d_model^-0.5 · min(...) of Eq. 3
+    peak = peak_rate()
     if step < warmup_steps:
         return peak * step / warmup_steps
     if decay == "linear":
@@ -356,7 +377,7 @@ def learning_rate_at(step):
 class Loss(nn.Module):
     """Cross-entropy against a softened target: 1 - ε on the true token, and ε spread evenly over all V. §5.4
 
-    One module around the model, so that the compiler sees both as one graph and the (B·T, V) logits stay inside it.
+    One module around the model, for DistributedDataParallel: the logits and the loss are one compiled part.
     """
 
     def __init__(self, model, label_smoothing):
@@ -365,12 +386,29 @@ class Loss(nn.Module):
 
     def forward(self, src, tgt):
         """(B, S), (B, T + 1) -> (loss to train on, negative log-likelihood to report): sums over the target tokens."""
-        tgt_in, tgt_out = tgt[:, :-1], tgt[:, 1:].flatten()             # each position predicts the next one
-        logp = self.model(src, tgt_in).flatten(0, 1).float().log_softmax(-1)
-        nll = -logp.gather(1, tgt_out[:, None])[:, 0]
-        smoothed = (1 - self.label_smoothing) * nll - self.label_smoothing * logp.mean(-1)
+        tgt_in, tgt_out = tgt[:, :-1], tgt[:, 1:]                       # each position predicts the next one
+        return self.score(self.model.decode(tgt_in, self.model.encode(src), src), tgt_out.flatten())
+
+    def score(self, states, tgt_out):
+        """(B, T, D), (B·T,) -> the two sums. With x the logits, -log p of word y is logsumexp(x) - x_y."""
+        x = self.model.logits(states).flatten(0, 1).float()             # (B·T, V): most of a small model's memory
+        true = torch.arange(x.size(1), device=x.device) == tgt_out[:, None]
+        total = x.logsumexp(-1)
+        nll = total - torch.where(true, x, 0.0).sum(-1)                 # not a gather: its gradient is a scatter, 10% of a CPU step
+        smoothed = (1 - self.label_smoothing) * nll + self.label_smoothing * (total - x.mean(-1))
         real = tgt_out != PAD
         return (smoothed * real).sum(), (nll * real).sum()
+
+    def compile_parts(self):
+        """Compiles one layer of each kind for all of them, and what stands before and after: a fifth of the code that
+        the whole model would be. Sizes are symbols, so that one compilation serves the batches of every shape."""
+        # Masks and ReLUs are cheaper computed again in the backward pass than stored bit by bit: 11% of a CPU step.
+        torch._functorch.config.aggressive_recomputation = True
+        torch._dynamo.config.optimize_ddp = False                       # DDP would cut each of the parts at its buckets
+        for layer in (*self.model.encoder, *self.model.decoder):
+            layer.compile(dynamic=True)
+        self.model.embed = torch.compile(self.model.embed, dynamic=True)
+        self.score = torch.compile(self.score, dynamic=True)
 
 
 def flops(c, n_src, n_tgt, S, T):
@@ -476,9 +514,13 @@ def main():
         torch.backends.cuda.enable_cudnn_sdp(False)     # its backward with a mask can give NaN on Hopper
     elif local_world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    # A process that nobody hears from for a minute is gone, and so are the others then, instead of waiting for it. Only
+    # while rank 0 prepares, validates or writes do they wait longer.
+    wait_for_all = lambda: None
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    wait_for_all = dist.barrier if world > 1 else lambda: None
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
+        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+        wait_for_all = lambda: dist.barrier(patient)
     torch.set_float32_matmul_precision("high")
 
     # ---- data -------------------------------------------------------------------
@@ -518,8 +560,13 @@ def main():
     except ValueError as error:
         stop(str(error))
     model = Transformer(config).to(dev)
-    fused = dev.type in ("cpu", "cuda")
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=fused)      # §5.3
+    # §5.3 has Adam for all. Muon makes each matrix's step orthogonal: every direction in it learns at the same rate.
+    matrices = [w for part in (model.encoder, model.decoder) for w in part.parameters() if w.dim() == 2 and muon]
+    taken = set(map(id, matrices))
+    optimizers = [torch.optim.Adam([w for w in model.parameters() if id(w) not in taken], betas=(0.9, 0.98), eps=1e-9,
+                                   fused=dev.type in ("cpu", "cuda"))]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     torch.manual_seed(seed + rank)                      # the same weights on every rank, but other dropout
 
     # Narrow matrices don't win back the casts to bfloat16; a GPU without it has float16, which needs its loss scaled.
@@ -541,8 +588,7 @@ def main():
         compiled = False
     step_fn = loss_fn = Loss(model, label_smoothing)
     if compiled:
-        torch._dynamo.config.optimize_ddp = False       # one graph under DDP, not one for each of its buckets
-        loss_fn.compile(dynamic=True)                   # one graph for all batch shapes
+        loss_fn.compile_parts()
     if world > 1:
         step_fn = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[dev.index] if cuda else None)
         ours = [{name: globals()[name] for name in settings}, len(corpus), sum(real), config.vocab_size, torch.__version__]
@@ -555,27 +601,29 @@ def main():
     # ---- resume -------------------------------------------------------------------
     # Loss, nll and target ids since the last progress line, on the device: to read them would be to wait for it.
     totals = torch.zeros(3, dtype=torch.float64, device=dev)
-    first_step, history, recent, best_nll = 1, [], deque(maxlen=average_last), math.inf
+    first_step, history, recent, best_nll, n_worse, n_skipped = 1, [], deque(maxlen=average_last), math.inf, 0, 0
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(last)   # torchrun --max-restarts
     if resume or restarted:
         try:
-            state = torch.load(last, map_location="cpu", weights_only=True)
+            if not os.path.exists(last):
+                stop(f"--resume=True, but there is no {last}; start without it")
+            state = read_checkpoint(last)
             for name in FIXED:
                 if state["settings"][name] != globals()[name]:
                     stop(f"{last} was made with --{name}={state['settings'][name]}, got {globals()[name]}")
             if state["world"] != world:
                 stop(f"{last} was made by {state['world']} processes, got {world}")
             model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
             scaler.load_state_dict(state["scaler"])
             first_step, history, best_nll = state["step"] + 1, state["history"], state["best_nll"]
+            n_worse, n_skipped = state["n_worse"], state["n_skipped"]
             recent.extend(state["recent"])
             totals.copy_(state["totals"][rank])
             torch.set_rng_state(state["rng"][rank])
             if cuda:
                 torch.cuda.set_rng_state(state["cuda_rng"][rank])
-        except FileNotFoundError:
-            stop(f"--resume=True, but there is no {last}; start without it")
         except Exception as error:      # a damaged or foreign file fails in more ways than can be named
             stop(f"{last} can't be resumed from: {(str(error) or type(error).__name__).splitlines()[0]}")
     if rank == 0:                       # what the log tells of steps that are to come again goes
@@ -588,6 +636,9 @@ def main():
     changed = " ".join(f"{name}={globals()[name]}" for name in settings if globals()[name] != settings[name])
     where = torch.cuda.get_device_name(dev) if cuda else f"{dev}, {torch.get_num_threads()} threads"
     say(f"settings  {changed or 'the defaults: learning to copy'}")
+    if src:
+        mine = " ".join(name for name in recipe()[1] if name not in given)
+        say(f"recipe    for {recipe()[0]:.1f} MB of text, from its size: {mine or 'nothing, all is given'}")
     say(f"machine   {world} x {where}, torch {torch.__version__}, {amp}, {'' if compiled else 'not '}compiled, "
         f"{peak / 1e12:.3g} TFLOP/s in matrix products")
     say(f"model     {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -614,8 +665,9 @@ def main():
             rng, cuda_rng, all_totals = zip(*everyone)
             write_atomically(last, {
                 "step": step, "world": world, "settings": {name: globals()[name] for name in settings}, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng, "cuda_rng": cuda_rng,
-                "totals": all_totals, "history": history, "recent": list(recent), "best_nll": best_nll})
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": scaler.state_dict(), "rng": rng, "cuda_rng": cuda_rng,
+                "totals": all_totals, "history": history, "recent": list(recent), "best_nll": best_nll,
+                "n_worse": n_worse, "n_skipped": n_skipped})
 
     def validation_nll():
         """Mean negative log-likelihood of a target id of the validation set."""
@@ -623,7 +675,7 @@ def main():
         with torch.inference_mode(), autocast():
             for rows, S, T in plan_epoch(val, 0, 0):
                 x, y = (ids.to(dev) for ids in val.batch(rows, S, T))
-                total += loss_fn.forward(x, y)[1].item()            # .forward: not the compiled call
+                total += loss_fn(x, y)[1].item()
                 n += int((val.n_tgt[rows] + 1).sum())
         return total / n
 
@@ -635,8 +687,12 @@ def main():
     model.train()
     tick, n_ids = time.time(), 0
     for step in range(first_step, max_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step)
+        if patience and n_worse >= patience:
+            say(f"step {step - 1:6d}  {n_worse} validations without a better one: enough")
+            break
+        for optimizer, scale in zip(optimizers, (1.0, muon / peak_rate())):             # one schedule for both
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step) * scale
         # Every process knows the whole plan, and so how many target ids the step has on all of them together.
         start = (step - 1) * world * accumulate
         micro = [batches[start + i] for i in range(world * accumulate)]
@@ -650,16 +706,20 @@ def main():
                 loss, nll = step_fn(x, y)
             scaler.scale(loss * (world / n_tgt)).backward()                         # DDP averages over ranks: undo that
             totals += torch.stack((loss.detach(), nll.detach(), (y[:, 1:] != PAD).sum()))
-        scaler.unscale_(optimizer)                                                  # first, or clipping would clip the scale
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)                                              # first, or clipping would clip the scale
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         due = step % log_interval == 0 or step % checkpoint_interval == 0 or step == max_steps
         # A GPU is asked for the norm only when it must be read anyway. What is saved has been checked either way.
-        if (due or not cuda) and not scaler.is_enabled() and not math.isfinite(norm.item()):
+        finite = math.isfinite(norm.item()) if due or not cuda or scaler.is_enabled() else True
+        n_skipped += not finite                                                     # the scaler takes no step, and scales less
+        if not finite and not scaler.is_enabled():
             stop(f"the gradient is {norm.item()} at step {step:,}{' or shortly before' if cuda else ''}, in sentences "
                  f"{sorted(int(r) for rows, _, _ in micro for r in rows)[:20]}...; {last} is from before; lower --learning_rate?")
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         n_ids += sum(int(corpus.n_src[rows].sum() + corpus.n_tgt[rows].sum()) + 2 * len(rows) for rows, _, _ in micro)
 
         # ---- diagnostics: nothing below changes what is learnt ------------------------
@@ -677,10 +737,11 @@ def main():
                 say(f"step {step:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {math.exp(min(nll, 50)):8.2f}  lr {learning_rate_at(step):.2e}"
                     f"  norm {norm.item():.2f}  {speed:,.0f} ids/s  mfu {speed * id_flops / peak:.0%}  left {clock(left)}", flush=True)
                 record(step, loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)), learning_rate=learning_rate_at(step),
-                       grad_norm=norm.item(), tokens_per_second=speed, mfu=speed * id_flops / peak)
+                       grad_norm=norm.item(), skipped=n_skipped, tokens_per_second=speed, mfu=speed * id_flops / peak)
         if val and (step % eval_interval == 0 or step == max_steps):
             if rank == 0:
                 model.eval()
+                torch.compiler.set_stance("force_eager")     # what runs once in a while is not worth compiling
                 nll = validation_nll()
                 say(f"step {step:6d}  validation nll {nll:.4f}  ppl {math.exp(min(nll, 50)):.2f}")
                 record(step, val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
@@ -688,11 +749,16 @@ def main():
                     picks = (0, len(val_text[0]) // 2)
                     for i, out in zip(picks, translate(model, tokenizer, [val_text[0][i] for i in picks], beam_size=1)):
                         say(f"    source  {val_text[0][i]}\n    model   {out[0][0]}\n    truth   {val_text[1][i]}", flush=True)
+                n_worse += 1
                 if nll < best_nll:
-                    best_nll = nll
+                    best_nll, n_worse = nll, 0
                     save(model_path, model, tokenizer)
+                torch.compiler.set_stance("default")
                 model.train()
-            wait_for_all()
+            if world > 1:                               # the others wait here, and hear what rank 0 has found
+                heard_from_0 = [n_worse]
+                dist.broadcast_object_list(heard_from_0, 0, group=patient)
+                n_worse, = heard_from_0
         if step % checkpoint_interval == 0 or step == max_steps:
             if average_last > 1:
                 recent.append({name: w.detach().cpu().clone() for name, w in model.state_dict().items()})
@@ -709,6 +775,7 @@ def main():
             sys.exit(128 + heard)
 
     # ---- the end --------------------------------------------------------------------
+    torch.compiler.set_stance("force_eager")
     if rank == 0:
         if len(recent) > 1:
             model.load_state_dict({name: torch.stack([w[name] for w in recent]).mean(0) for name in recent[0]})
@@ -756,7 +823,7 @@ def check_settings(stop):
     for name, path in files.items():
         if path and not os.path.isfile(path):
             stop(f"--{name}={path}: expected a text file, found {'another thing' if os.path.exists(path) else 'nothing there'}")
-    for name, low in dict(batch_tokens=1, accumulate=1, log_interval=1, eval_interval=1, checkpoint_interval=1, average_last=1,
+    for name, low in dict(batch_tokens=1, accumulate=1, log_interval=1, eval_interval=1, checkpoint_interval=1, average_last=1, patience=0, muon=0,
                           beam_size=1, warmup_steps=1, max_len=1, max_steps=0, epochs=0, learning_rate=0, grad_clip=0,
                           max_ratio=0, seed=0).items():
         if not low <= globals()[name] < math.inf:
@@ -771,14 +838,27 @@ def check_settings(stop):
             stop(f"--{name} must be one of {', '.join(options)}, got {globals()[name]!r}")
 
 
+def recipe():
+    """The row of RECIPES for the training text, by its size in MB, .gz files counted four times. -> (MB, dict)"""
+    size = sum(os.path.getsize(path) * (4 if path.endswith(".gz") else 1) for path in (src, tgt) if os.path.isfile(path)) / 1e6
+    return size, next(row for limit, row in RECIPES.items() if size <= limit)
+
+
 if __name__ == "__main__":
     if src:
-        globals().update({name: value for name, value in text_recipe.items() if name not in given})
+        megabytes, row = recipe()
+        globals().update({name: value for name, value in row.items() if name not in given})
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        fail(f"out of memory: lower --batch_tokens={batch_tokens} and raise --accumulate={accumulate} to make up for it")
     except OSError as error:
         fail(f"{error}; what was saved before is intact")
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+            fail(f"out of memory: lower --batch_tokens={batch_tokens} and raise --accumulate={accumulate} to make up for it")
+        # The other processes are gone, or can't be reached any more.
+        if not dist.is_initialized() or not re.search("gloo|NCCL|onnection|imed out|ocket|store", str(error)):
+            raise
+        fail(f"rank {os.environ['RANK']} lost the other processes ({str(error).splitlines()[0][:200]}); "
+             f"start all of them again with --resume=True")
