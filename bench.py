@@ -4,6 +4,7 @@ What you need to believe the numbers: this model and torch.nn.Transformer, on th
     python bench.py                                   # a small model, about two minutes on two CPU cores
     python bench.py --size=base --batch=32            # the paper's base model
     torchrun --nproc_per_node=2 bench.py              # adds what a second process brings
+    python bench.py --plan=True --size=base --vocab_size=37000 --plan_tokens=5e9 --plan_devices=8      # what would a run cost?
 
 Prints a table for people and, as the last line, one JSON object for programs. Tokens are real ones, padding not counted.
 """
@@ -18,6 +19,9 @@ decode_batch = 32           # sentences decoded together
 decode_len = 32             # ids decoded for each
 device = "auto"             # cpu or cuda; auto: cuda where there is one
 dtype = "auto"              # bfloat16 or float32; auto: bfloat16 where the hardware has it
+plan = False                # True: measures this machine and says what a run would cost, on as many of it
+plan_tokens = 5e9           # source and target ids the run reads, all epochs together (the paper's base: 100,000 steps of 50,000)
+plan_devices = 1            # devices like this one; gradients are summed over them once a step
 compile = True              # the training step of this model; torch.nn.Transformer runs as its documentation shows
 seed = 1
 # ---- end of settings --------------------------------------------------------
@@ -95,7 +99,7 @@ def main():
         fail(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
     if dtype not in ("auto", "float32", "bfloat16"):
         fail(f"--dtype must be auto, float32 or bfloat16, got {dtype!r}")
-    for name in ("batch", "length", "steps", "decode_batch", "decode_len"):
+    for name in ("batch", "length", "steps", "decode_batch", "decode_len", "plan_tokens", "plan_devices"):
         if globals()[name] < 1:
             fail(f"--{name} must be at least 1, got {globals()[name]}")
     if vocab_size < 4:
@@ -170,6 +174,20 @@ def main():
             result |= {"scaling_efficiency": alone / together, "all_reduce_bytes": n_bytes}
         dist.barrier()
         dist.destroy_process_group()
+    elif plan:
+        seconds = train(model, low != torch.float32, compile)
+        row(f"train, this model, {half}{', compiled' if compile else ''}", seconds, n_tokens, step_flops)
+        n = sum(p.numel() for p in model.parameters())
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        cost = {"parameters": n, "flops": step_flops / n_tokens * plan_tokens, "hours": seconds / n_tokens * plan_tokens / plan_devices / 3600,
+                "model_pt_bytes": 4 * n, "last_pt_bytes": 12 * n, "state_bytes_per_device": 16 * n, "measured_peak_bytes": peak,
+                "all_reduce_bytes_per_step": 4 * n if plan_devices > 1 else 0}
+        print(f"\n{plan_tokens:,.0f} ids on {plan_devices} such device{'s' * (plan_devices > 1)}, if the wires between them keep up:\n"
+              f"  {n:,} parameters, {cost['flops']:.3g} FLOPs, {cost['hours']:,.1f} hours\n"
+              f"  model.pt {4 * n / 1e6:,.0f} MB, last.pt {12 * n / 1e6:,.0f} MB (weights and Adam's two moments)\n"
+              f"  memory: {16 * n / 1e9:.2f} GB a device for weights, gradients and moments; {peak / 1e9:.2f} GB in all at the size measured here\n"
+              f"  all-reduce: {cost['all_reduce_bytes_per_step'] / 1e6:,.0f} MB a step")
+        result |= cost
     else:
         reference = TorchTransformer(config).to(dev)
         row("train, torch.nn.Transformer, float32", slow := train(reference, False, False), n_tokens, step_flops)

@@ -14,6 +14,8 @@ import math
 import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -799,6 +801,222 @@ def test_bench_prints_a_table_and_json():
     assert result.returncode == 0, result.stderr
     numbers = json.loads(result.stdout.splitlines()[-1])
     assert len(numbers["rows"]) == 5 and all(row["tokens_per_second"] > 0 for row in numbers["rows"]) and numbers["train_speedup"] > 0
+    planned = json.loads(run("bench.py", "--plan=True", "--plan_tokens=1e6", "--size=copy", "--batch=4", "--length=8", "--vocab_size=20", "--steps=1",
+                             "--compile=False").stdout.splitlines()[-1])
+    assert planned["model_pt_bytes"] == 4 * planned["parameters"] and planned["hours"] > 0
     two = torchrun(2, "bench.py", "--size=copy", "--batch=4", "--length=8", "--vocab_size=20", "--steps=1", "--compile=False")
     assert two.returncode == 0 and json.loads(two.stdout.splitlines()[-1])["scaling_efficiency"] > 0, two.stderr
     assert "--size" in one_line_error(run("bench.py", "--size=huge"))
+
+
+# ---- runs that die, and hostile input ------------------------------------------------
+# A few cases in every run of the suite; HARD=10000 python -m pytest -q -k "hard" runs that many, and KILLS=50 that many kills.
+
+HARD, KILLS = int(os.environ.get("HARD", 60)), int(os.environ.get("KILLS", 1))
+
+
+def same_run(a, b):
+    """Do two folders hold the same log, but for its times, and the same last.pt and model.pt, bit for bit?"""
+    untimed = lambda folder: [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "mfu")} for line in losses(folder)]
+    assert untimed(a) == untimed(b)
+    for name in ("last.pt", "model.pt"):
+        states = [torch.load(os.path.join(folder, name), weights_only=True) for folder in (a, b)]
+        flat = [torch.utils._pytree.tree_flatten([s[k] for k in s if k != "settings"])[0] for s in states]
+        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*flat, strict=True)), name
+
+
+LONG = ["--max_steps=60", "--log_interval=7", "--eval_interval=20", "--checkpoint_interval=10", "--batch_tokens=256", "--dropout=0.1",
+        "--average_last=2", "--d_model=32", "--muon=0.01"]
+
+
+def test_hard_kills_lose_nothing(tmp_path):
+    """Killed at random moments, politely and not, and continued each time: the end is that of the run nobody touched."""
+    assert run("train.py", *LONG, f"--out_dir={tmp_path}/whole").returncode == 0
+    folder = tmp_path / "parts"
+    command = [sys.executable, "train.py", *LONG, f"--out_dir={folder}"]
+    kinds = [signal.SIGTERM, signal.SIGINT] + [signal.SIGKILL] * KILLS
+    random.shuffle(kinds)
+    for kind in kinds:
+        resume = (folder / "last.pt").exists()
+        process = subprocess.Popen(command + ["--resume=True"] * resume, cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for line in process.stdout:
+            if line.startswith("resumed" if resume else "run"):
+                break
+        time.sleep(random.random() * 0.3)
+        process.send_signal(kind)
+        out, err = process.communicate(timeout=60)
+        if process.returncode == 0:                                     # it was at its end already: begin again
+            same_run(tmp_path / "whole", folder)
+            shutil.rmtree(folder)
+            continue
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kind] and err == "", err
+        assert kind == signal.SIGKILL or "--resume=True" in out or "in all" in out
+        if (folder / "last.pt").exists():
+            M.read_checkpoint(str(folder / "last.pt"))
+        assert set(os.listdir(folder)) <= {"last.pt", "last.pt.tmp", "model.pt", "model.pt.tmp", "log.jsonl"}
+    end = run("train.py", *LONG, *["--resume=True"] * (folder / "last.pt").exists(), f"--out_dir={folder}")
+    assert end.returncode == 0, end.stderr
+    same_run(tmp_path / "whole", folder)
+
+
+def test_torchrun_restarts_a_dead_rank_and_nothing_changes(tmp_path):
+    code = f"""if 1:
+        import os, sys
+        sys.path.insert(0, {HERE!r}); sys.argv[0] = {HERE!r} + "/train.py"
+        import torch, runpy
+        step, n = torch.nn.utils.clip_grad_norm_, [0]
+        def dies(*args, **options):
+            n[0] += 1
+            if n[0] == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and "dies" in sys.argv[1]:
+                os._exit(7)
+            return step(*args, **options)
+        torch.nn.utils.clip_grad_norm_ = dies
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    (tmp_path / "wrapped.py").write_text(code)
+    for name in ("whole", "dies"):
+        result = torchrun(2, "--max-restarts=3", str(tmp_path / "wrapped.py"), f"--out_dir={tmp_path}/{name}", *TINY)
+        assert result.returncode == 0, result.stderr
+    assert "resumed" in result.stdout and "after step 3" in result.stdout
+    same_run(tmp_path / "whole", tmp_path / "dies")
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    first = subprocess.Popen([sys.executable, "train.py", f"--out_dir={tmp_path}", "--max_steps=100000", "--compile=False"], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    while not first.stdout.readline().startswith("run "):
+        pass
+    assert "another run is writing" in one_line_error(run("train.py", f"--out_dir={tmp_path}"))
+    first.terminate()
+    first.communicate()
+    assert first.returncode == 143
+
+
+def test_bad_numbers_stop_the_run_before_the_weights(tmp_path):
+    code = f"""if 1:
+        import sys, runpy, torch
+        sys.path.insert(0, {HERE!r}); sys.argv[0] = {HERE!r} + "/train.py"
+        clip, n = torch.nn.utils.clip_grad_norm_, [0]
+        def bad(*args, **options):
+            n[0] += 1
+            return clip(*args, **options) * (float("nan") if n[0] == 5 else 1)
+        torch.nn.utils.clip_grad_norm_ = bad
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    message = one_line_error(run("-c", code, *TINY, f"--out_dir={tmp_path}"))
+    assert "at step 5" in message and "sentences [" in message
+    assert M.read_checkpoint(f"{tmp_path}/last.pt")["step"] == 3
+
+
+def random_bytes(n):
+    pools = [b"a b c d ", b"\x00\xff\xfe\x80", "\u2028\ufeff日😀".encode(), b"\r\n", b"\r", b"\n", b" \t", b"<s></s><pad>", b"word " * 50]
+    return b"".join(random.choice(pools) for _ in range(random.randrange(n)))
+
+
+def test_hard_corpora_give_ids_or_one_line(tmp_path, settings):
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    settings(src=files[0], tgt=files[1], vocab_size=270, max_len=30)
+    for i in range(HARD):
+        for path in files:
+            data = random_bytes(random.choice([3, 30, 300]))
+            open(path, "wb").write(data if random.random() < 0.3 else data.replace(b"\n", b" ") + b"\n" if random.random() < 0.5 else b"x\n" * 9)
+        try:
+            corpus, tokenizer, skipped = T.prepare(str(tmp_path / f"data{i % 3}"))
+        except ValueError as error:
+            assert "\n" not in str(error).replace(str(tmp_path), "") and files[0] in str(error)
+            continue
+        lines = [open(path, "rb").read().count(b"\n") + (not open(path, "rb").read().endswith(b"\n")) for path in files]
+        assert lines[0] == lines[1] == len(corpus) + sum(skipped.values()) and len(corpus) > 0
+        x, y = corpus.batch(np.arange(len(corpus)), 31, 31)
+        assert ((x >= EOS) | (x == PAD)).all() and (x < len(tokenizer)).all() and (y[:, 1:] != BOS).all()
+
+
+def test_hard_checkpoints_load_or_give_one_line(tmp_path, toy):
+    data, bad = open(toy, "rb").read(), str(tmp_path / "bad.pt")
+    want = torch.load(toy, weights_only=True)["model"]
+    for _ in range(HARD):
+        broken = bytearray(data)
+        kind = random.randrange(3)
+        if kind == 0:
+            broken = broken[:random.randrange(len(data))]
+        elif kind == 1:
+            broken[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        else:
+            at = random.randrange(len(data))
+            broken[at:at + 50] = os.urandom(min(50, len(data) - at))
+        open(bad, "wb").write(broken)
+        try:
+            model, tokenizer = M.load(bad)
+        except ValueError as error:
+            assert bad in str(error) and "\n" not in str(error)
+        else:                                                           # what was hit means nothing: padding, a time stamp
+            assert all(torch.equal(w, want[name]) for name, w in model.state_dict().items())
+
+
+def test_hard_settings_are_taken_or_refused_in_one_line(capsys, monkeypatch, toy):
+    values = ["", "0", "1", "-1", "1e9", "nan", "inf", "-inf", "True", "None", "a=b", "x" * 1000, "\x00", "\u2028", "1_0", "0x10", "../..", "\udc80"]
+    import bench
+    for _ in range(HARD):
+        script = random.choice([T, bench, M])
+        names = ["beam_size", "length_penalty", "n_best", "batch_tokens", "max_src", "dtype", "device"] if script is M else list(script.settings)
+        name = random.choice(names + ["nonsense", "", "-"])
+        arg = random.choice(["--", "-", "", "--no-"]) + name + random.choice(["=", "=", "=", "", " "]) + random.choice(values)
+        try:
+            if script is M:
+                monkeypatch.setattr(sys, "argv", ["transformer.py", f"--checkpoint={toy}", arg])
+                monkeypatch.setattr(M, "read_windows", lambda stream: [])
+                M.main()
+            else:
+                given = script.override(script.settings, [arg], script.__file__) if script is T else T.override(bench.settings, [arg], "bench.py")
+                for key, value in given.items():
+                    assert type(value) is type(script.settings[key])
+                    if script is T:
+                        monkeypatch.setattr(T, key, value)
+                T.check_settings(T.fail)
+        except SystemExit as stop:
+            message = capsys.readouterr().err
+            assert stop.code == 2 and message.count("\n") == 1 and message.startswith("error: ") or stop.code in (0, None), (arg, message)
+        finally:
+            for key, value in T.settings.items():
+                monkeypatch.setattr(T, key, value)
+
+
+def test_hard_lines_are_translated(toy):
+    model, tokenizer = M.load(toy)
+    lines = [random_bytes(12).replace(b"\n", b"").decode("utf-8", "replace") for _ in range(HARD)]
+    out = M.translate(model, tokenizer, lines, beam_size=1, max_src=20)
+    assert len(out) == len(lines)
+    for line, ((text, score),) in zip(lines, out):
+        assert "\n" not in text and "\r" not in text and (text == "" or line.strip()) and not math.isnan(score)
+
+
+# ---- what the parts are good for ------------------------------------------------------
+
+def test_a_gpt_and_a_bert_are_made_of_the_parts(tmp_path):
+    """The README's two classes, as they stand there, learn: to count, and to fill gaps."""
+    readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    blocks = re.findall(r"^    class (?:GPT|BERT).*?(?=^    class |^\S|\Z)", readme, re.M | re.S)
+    assert len(blocks) == 2 and all(len(block.strip().splitlines()) <= 15 for block in blocks)
+    classes = "\n".join(re.sub("^    ", "", block, flags=re.M) for block in blocks)
+    (tmp_path / "parts.py").write_text(f"""import sys; sys.path.insert(0, {HERE!r})
+import torch, torch.nn as nn, torch.nn.functional as F
+from transformer import PAD, Config, EncoderLayer, sinusoids
+{classes}
+torch.manual_seed({SEED})
+torch.set_num_threads(1)
+config = Config(vocab_size=20, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2, dropout=0.0, norm_first=True)
+for kind in (GPT, BERT):
+    model = kind(config)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(400):
+        ids = (torch.randint(16, (32, 1)) + torch.arange(12)) % 16 + 3             # 3 is also the mask of BERT, below 20
+        if kind is GPT:
+            loss = F.cross_entropy(model(ids[:, :-1])[:, 3:].flatten(0, 1), ids[:, 4:].flatten())
+        else:
+            gap = torch.rand(ids.shape) < 0.15
+            loss = F.cross_entropy(model(ids.masked_fill(gap, 19))[gap], ids[gap])
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    print(kind.__name__, loss.item())
+    assert loss.item() < 0.3, (kind, loss)
+""")
+    result = run(str(tmp_path / "parts.py"))
+    assert result.returncode == 0, result.stderr

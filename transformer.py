@@ -217,13 +217,14 @@ class Dropout(nn.Module):
     def __init__(self, p):
         super().__init__()
         self.p = p
+        self.seed = None        # an int32 tensor, for a trainer that compiles this and fills it anew before each forward
 
     def forward(self, x):
         if not self.training or not self.p:
             return x
         if x.device.type != "cpu" or not torch.compiler.is_compiling():
             return F.dropout(x, self.p)
-        seed = torch.randint(1 << 31, (), dtype=torch.int32)
+        seed = torch.randint(1 << 31, (), dtype=torch.int32) if self.seed is None else self.seed
         h = torch.arange(x.numel(), dtype=torch.int32).view(x.shape) * -1640531535 ^ seed
         h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D                       # two rounds of a multiply-xorshift hash
         h = (h ^ (h >> 15 & 0x1FFFF)) * -2073254261
