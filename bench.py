@@ -65,10 +65,15 @@ class TorchTransformer(nn.Module):
         D = self.embedding.embedding_dim
         return self.dropout(self.embedding(ids) * D ** 0.5 + sinusoids(torch.arange(ids.size(1), device=ids.device), D))
 
-    def forward(self, src, tgt_in):
+    def encode(self, src):
+        return self.core.encoder(self.embed(src), src_key_padding_mask=src == PAD)
+
+    def decode(self, tgt_in, memory, src):
         causal = nn.Transformer.generate_square_subsequent_mask(tgt_in.size(1), device=src.device, dtype=torch.bool)
-        states = self.core(self.embed(src), self.embed(tgt_in), tgt_mask=causal, tgt_is_causal=True, src_key_padding_mask=src == PAD,
-                           tgt_key_padding_mask=tgt_in == PAD, memory_key_padding_mask=src == PAD)
+        return self.core.decoder(self.embed(tgt_in), memory, tgt_mask=causal, tgt_is_causal=True,
+                                 tgt_key_padding_mask=tgt_in == PAD, memory_key_padding_mask=src == PAD)
+
+    def logits(self, states):
         return F.linear(states, self.embedding.weight)
 
 
@@ -76,8 +81,9 @@ def greedy(model, src, n):
     """Greedy decoding with a model that has no cache: every step computes the whole prefix again. -> (B, n)"""
     ids = torch.full((len(src), 1), BOS, device=src.device)
     with torch.inference_mode():
+        memory = model.encode(src)
         for _ in range(n):
-            ids = torch.cat((ids, model(src, ids)[:, -1:, EOS:].argmax(-1) + EOS), 1)
+            ids = torch.cat((ids, model.logits(model.decode(ids, memory, src)[:, -1:])[..., EOS:].argmax(-1) + EOS), 1)
     return ids[:, 1:]
 
 

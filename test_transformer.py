@@ -14,12 +14,14 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -63,11 +65,32 @@ def run(*argv, **options):
     return subprocess.run([sys.executable, *argv], cwd=HERE, capture_output=True, text=True, timeout=170, **options)
 
 
+def run_all(*jobs):
+    """Each of the functions in a thread of its own: most of a script's time here is its imports."""
+    with ThreadPoolExecutor() as pool:
+        return [job.result() for job in [pool.submit(job) for job in jobs]]
+
+
 def one_line_error(result):
     """A user's mistake: exit status 2 and exactly one line, no traceback. -> the line"""
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
     return result.stderr
+
+
+@pytest.fixture
+def mistake(monkeypatch, capsys):
+    """Runs a script within this process, where torch is imported already, and expects one line. -> the line"""
+    def call(script, *args):
+        monkeypatch.setattr(sys, "argv", [script, *args])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        code = 0
+        try:
+            runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return one_line_error(subprocess.CompletedProcess(args, code, "", capsys.readouterr().err))
+    return call
 
 
 # ---- the model ----------------------------------------------------------------
@@ -507,19 +530,19 @@ def toy(tmp_path_factory):
 
 def test_translating_keeps_lines_and_their_order(toy):
     lines = ["a little text", "", "more", "   ", "x " * 40, "tab\there\r", "\u2028 \x0b", "last"]
-    result = run("transformer.py", f"--checkpoint={toy}", "--batch_tokens=64", input="\n".join(lines))
+    translate = lambda text, *args: lambda: run("transformer.py", f"--checkpoint={toy}", *args, input=text)
+    result, nothing, best, drawn = run_all(
+        translate("\n".join(lines), "--batch_tokens=64"), translate(""), translate("a\nb\n", "--n_best=3", "--dtype=float32"),
+        translate("a little text\n", "--attention=True"))
     assert result.returncode == 0 and result.stderr == "", result.stderr
     out = result.stdout.split("\n")
     assert len(out) == len(lines) + 1 and out[1] == "" == out[3] and out[-1] == ""
     model, tokenizer = M.load(toy)
     for i in (0, 2, 7):
         assert M.has_bfloat16(torch.device("cpu")) or out[i] == M.translate(model, tokenizer, [lines[i]])[0][0][0]
-    nothing = run("transformer.py", f"--checkpoint={toy}", input="")
     assert nothing.returncode == 0 and nothing.stdout == ""
-    best = run("transformer.py", f"--checkpoint={toy}", "--n_best=3", "--dtype=float32", input="a\nb\n").stdout.splitlines()
-    assert [line.split("\t")[0] for line in best] == list("000111")
-    drawn = run("transformer.py", f"--checkpoint={toy}", "--attention=True", input="a little text\n").stdout
-    assert any(shade in drawn for shade in "░▒▓█") and max(map(len, drawn.splitlines()[1:])) <= 80
+    assert [line.split("\t")[0] for line in best.stdout.splitlines()] == list("000111")
+    assert any(shade in drawn.stdout for shade in "░▒▓█") and max(map(len, drawn.stdout.splitlines()[1:])) <= 80
 
 
 def test_translating_streams(toy):
@@ -533,13 +556,14 @@ def test_translating_streams(toy):
     assert out.count(b"\n") == 1 and process.returncode == 0
 
 
-def test_translator_mistakes_cost_one_line(toy, tmp_path):
+def test_translator_mistakes_cost_one_line(toy, tmp_path, mistake):
     (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
     for args, word in ((["--chekpoint=x"], "--checkpoint"), ([f"--checkpoint={tmp_path}/bad.pt"], "not a checkpoint"),
                        ([f"--checkpoint={tmp_path}/none.pt"], "No such file"), ([f"--checkpoint={toy}", "--beam_size=0"], "beam_size"),
                        ([f"--checkpoint={toy}", "--beam_size=many"], "beam_size"), ([f"--checkpoint={toy}", "--dtype=int8"], "dtype"),
                        ([f"--checkpoint={toy}", "--device=warp"], "device")):
-        assert word in one_line_error(run("transformer.py", *args, input=""))
+        assert word in mistake("transformer.py", *args)
+    one_line_error(run("transformer.py", "--nonsense"))                 # and for once as a user would
 
 
 # ---- training: settings -----------------------------------------------------------
@@ -565,7 +589,7 @@ def test_settings_have_the_agreed_names():
         assert re.search(rf"^{name} = .*# ", help_text, re.M), name
 
 
-def test_training_mistakes_cost_one_line(tmp_path):
+def test_training_mistakes_cost_one_line(tmp_path, mistake):
     for name, text in (("a", "x\ny\n"), ("b", "x\n"), ("empty", "")):
         (tmp_path / name).write_text(text)
     files = lambda a, b: [f"--src={tmp_path}/{a}", f"--tgt={tmp_path}/{b}", "--vocab_size=300", f"--out_dir={tmp_path}/out"]
@@ -575,7 +599,7 @@ def test_training_mistakes_cost_one_line(tmp_path):
                        (["--dropout=2"], "dropout"), (["--label_smoothing=1"], "label_smoothing"), (files("a", "a")[:-2] + ["--vocab_size=9"], "259")):
         if not any(a.startswith("--out_dir") for a in args):
             args = args + [f"--out_dir={tmp_path}/o"]
-        assert word in one_line_error(run("train.py", *args)), args
+        assert word in mistake("train.py", *args), args
 
 
 # ---- training: data -------------------------------------------------------------
@@ -743,8 +767,8 @@ def torchrun(n, *args, timeout=170):
 
 
 def test_two_processes_are_two_micro_batches(tmp_path):
-    one = run("train.py", *TINY, "--accumulate=2", f"--out_dir={tmp_path}/one")
-    two = torchrun(2, "train.py", *TINY, f"--out_dir={tmp_path}/two")
+    one, two = run_all(lambda: run("train.py", *TINY, "--accumulate=2", f"--out_dir={tmp_path}/one"),
+                       lambda: torchrun(2, "train.py", *TINY, f"--out_dir={tmp_path}/two"))
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
     for x, y in zip(a, b, strict=True):
@@ -753,23 +777,11 @@ def test_two_processes_are_two_micro_batches(tmp_path):
     assert two.stdout.count("exact-sequence accuracy") == 1             # rank 0 alone speaks
 
 
-def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path):
-    text = ["--dropout=0.1"] + TINY[:-1]
-    whole = run("train.py", *text, f"--out_dir={tmp_path}/whole")
-    part = run("train.py", *text[:1], "--max_steps=3", *text[2:], f"--out_dir={tmp_path}/parts")
-    rest = run("train.py", *text, "--resume=True", f"--out_dir={tmp_path}/parts")
-    assert whole.returncode == part.returncode == rest.returncode == 0, rest.stderr
-    a, b = (M.load(f"{tmp_path}/{name}/model.pt")[0].state_dict() for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    refused = run("train.py", *text, "--resume=True", "--d_model=32", f"--out_dir={tmp_path}/parts")
-    assert "d_model" in one_line_error(refused)
-
-
 def test_text_to_translator(tmp_path):
     src, tgt = write_corpus(tmp_path, 2000)
     val_src, val_tgt = write_corpus(tmp_path, 20, "val")
     args = [f"--src={src}", f"--tgt={tgt}", f"--val_src={val_src}", f"--val_tgt={val_tgt}", f"--out_dir={tmp_path}/out", "--vocab_size=300",
-            "--d_model=32", "--d_ff=64", "--n_encoder_layers=1", "--n_decoder_layers=1", "--max_steps=500", "--batch_tokens=2048", "--average_last=2",
+            "--d_model=32", "--d_ff=64", "--n_encoder_layers=1", "--n_decoder_layers=1", "--max_steps=300", "--batch_tokens=2048", "--average_last=2",
             "--learning_rate=1e-2", "--warmup_steps=40", "--eval_interval=150", "--checkpoint_interval=20", "--dtype=float32", "--dropout=0"]
     result = run("train.py", *args)
     assert result.returncode == 0, result.stderr
@@ -796,17 +808,17 @@ def test_copying_is_learnt_within_a_minute(tmp_path):
     assert losses(tmp_path)[-1]["accuracy"] == 1.0 and f"{tmp_path}/model.pt" in result.stdout
 
 
-def test_bench_prints_a_table_and_json():
-    result = run("bench.py", "--size=copy", "--batch=4", "--length=8", "--vocab_size=20", "--steps=1", "--decode_batch=2", "--decode_len=4", "--compile=False")
+def test_bench_prints_a_table_and_json(mistake):
+    short = ["--size=copy", "--batch=4", "--length=8", "--vocab_size=20", "--steps=1", "--compile=False"]
+    result, planned, two = run_all(lambda: run("bench.py", *short, "--decode_batch=2", "--decode_len=4"),
+                                   lambda: run("bench.py", *short, "--plan=True", "--plan_tokens=1e6"), lambda: torchrun(2, "bench.py", *short))
     assert result.returncode == 0, result.stderr
     numbers = json.loads(result.stdout.splitlines()[-1])
     assert len(numbers["rows"]) == 5 and all(row["tokens_per_second"] > 0 for row in numbers["rows"]) and numbers["train_speedup"] > 0
-    planned = json.loads(run("bench.py", "--plan=True", "--plan_tokens=1e6", "--size=copy", "--batch=4", "--length=8", "--vocab_size=20", "--steps=1",
-                             "--compile=False").stdout.splitlines()[-1])
+    planned = json.loads(planned.stdout.splitlines()[-1])
     assert planned["model_pt_bytes"] == 4 * planned["parameters"] and planned["hours"] > 0
-    two = torchrun(2, "bench.py", "--size=copy", "--batch=4", "--length=8", "--vocab_size=20", "--steps=1", "--compile=False")
     assert two.returncode == 0 and json.loads(two.stdout.splitlines()[-1])["scaling_efficiency"] > 0, two.stderr
-    assert "--size" in one_line_error(run("bench.py", "--size=huge"))
+    assert "--size" in mistake("bench.py", "--size=huge")
 
 
 # ---- runs that die, and hostile input ------------------------------------------------
@@ -829,7 +841,7 @@ LONG = ["--max_steps=60", "--log_interval=7", "--eval_interval=20", "--checkpoin
         "--average_last=2", "--d_model=32", "--muon=0.01"]
 
 
-def test_hard_kills_lose_nothing(tmp_path):
+def test_hard_kills_lose_nothing(tmp_path, mistake):
     """Killed at random moments, politely and not, and continued each time: the end is that of the run nobody touched."""
     assert run("train.py", *LONG, f"--out_dir={tmp_path}/whole").returncode == 0
     folder = tmp_path / "parts"
@@ -857,6 +869,7 @@ def test_hard_kills_lose_nothing(tmp_path):
     end = run("train.py", *LONG, *["--resume=True"] * (folder / "last.pt").exists(), f"--out_dir={folder}")
     assert end.returncode == 0, end.stderr
     same_run(tmp_path / "whole", folder)
+    assert "d_model" in mistake("train.py", *LONG, "--resume=True", "--d_model=64", f"--out_dir={folder}")
 
 
 def test_torchrun_restarts_a_dead_rank_and_nothing_changes(tmp_path):
@@ -874,18 +887,18 @@ def test_torchrun_restarts_a_dead_rank_and_nothing_changes(tmp_path):
         runpy.run_path(sys.argv[0], run_name="__main__")
     """
     (tmp_path / "wrapped.py").write_text(code)
-    for name in ("whole", "dies"):
-        result = torchrun(2, "--max-restarts=3", str(tmp_path / "wrapped.py"), f"--out_dir={tmp_path}/{name}", *TINY)
-        assert result.returncode == 0, result.stderr
-    assert "resumed" in result.stdout and "after step 3" in result.stdout
+    start = lambda name: lambda: torchrun(2, "--max-restarts=3", str(tmp_path / "wrapped.py"), f"--out_dir={tmp_path}/{name}", *TINY)
+    whole, dies = run_all(start("whole"), start("dies"))
+    assert whole.returncode == dies.returncode == 0, whole.stderr + dies.stderr
+    assert "resumed" in dies.stdout and "after step 3" in dies.stdout
     same_run(tmp_path / "whole", tmp_path / "dies")
 
 
-def test_two_runs_in_one_folder(tmp_path):
+def test_two_runs_in_one_folder(tmp_path, mistake):
     first = subprocess.Popen([sys.executable, "train.py", f"--out_dir={tmp_path}", "--max_steps=100000", "--compile=False"], cwd=HERE, stdout=subprocess.PIPE, text=True)
     while not first.stdout.readline().startswith("run "):
         pass
-    assert "another run is writing" in one_line_error(run("train.py", f"--out_dir={tmp_path}"))
+    assert "another run is writing" in mistake("train.py", f"--out_dir={tmp_path}")
     first.terminate()
     first.communicate()
     assert first.returncode == 143
@@ -1020,3 +1033,39 @@ for kind in (GPT, BERT):
 """)
     result = run(str(tmp_path / "parts.py"))
     assert result.returncode == 0, result.stderr
+
+
+def test_the_compiled_step_has_the_right_gradient_and_few_graphs(tmp_path):
+    """Along its own gradient, the loss with dropout rises as fast as the gradient says; new shapes need no new graphs."""
+    code = f"""if 1:
+        import torch, train, transformer
+        from torch._dynamo.utils import counters
+        torch.manual_seed({SEED}); torch.set_num_threads(1)
+        config = transformer.Config(vocab_size=40, d_model=16, n_heads=2, d_ff=24, n_encoder_layers=2, n_decoder_layers=2, dropout=0.3)
+        loss_fn = train.Loss(transformer.Transformer(config).train(), 0.1)
+        loss_fn.compile_parts()
+        graphs = []
+        for B, S, W in ((6, 9, 8), (5, 7, 11), (7, 12, 6)):
+            src, tgt = torch.randint(3, 40, (B, S)), torch.randint(3, 40, (B, W + 1))
+            src[1, S // 2:] = 0; tgt[2, W // 2:] = 0
+            def loss():
+                torch.manual_seed(7)
+                return loss_fn(src, tgt)[0]
+            loss_fn.zero_grad()
+            first = loss(); first.backward()
+            weights = list(loss_fn.parameters())
+            norm = sum(w.grad.square().sum() for w in weights).sqrt()
+            def moved(distance):
+                with torch.no_grad():
+                    for w in weights: w.add_(w.grad, alpha=float(distance / norm))
+                value = loss().item()
+                with torch.no_grad():
+                    for w in weights: w.sub_(w.grad, alpha=float(distance / norm))
+                return value
+            slope = (moved(1e-3) - moved(-1e-3)) / 2e-3
+            assert abs(slope - norm.item()) < 0.02 * norm.item(), (slope, norm)
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert graphs[0] == graphs[2] <= 8, graphs
+    """
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr[-2000:]

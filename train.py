@@ -127,6 +127,7 @@ import math
 import multiprocessing
 import shutil
 import signal
+import uuid
 import zlib
 from collections import Counter, deque
 from datetime import timedelta
@@ -502,6 +503,30 @@ def matmul_rate(device, dtype, seconds=0.2):
 # -----------------------------------------------------------------------------
 # The run
 
+def fresh_store(rank, world):
+    """A clean corner of the store in which torchrun's processes find each other.
+
+    torchrun keeps its store over restarts, with the addresses of the dead in it: to call one of those is to hang. So each
+    process sends a greeting that no dead one can have sent, and rank 0 answers with the name of a new corner.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(minutes=5)))
+    me = uuid.uuid4().hex
+    if rank:
+        store.set(f"greeting {rank}", me)
+        corner = store.get(f"corner for {me}").decode()
+        store.set(f"{me} is in {corner}", "")
+        return dist.PrefixStore(corner, store)
+    missing = set(range(1, world))
+    while missing:
+        for r in sorted(missing):
+            them = store.get(f"greeting {r}").decode()
+            store.set(f"corner for {them}", me)
+            if store.check([f"{them} is in {me}"]):
+                missing.remove(r)
+        time.sleep(0.01)
+    return dist.PrefixStore(me, store)
+
+
 def main():
     start_time = time.time()
 
@@ -527,7 +552,8 @@ def main():
     # while rank 0 prepares, validates or writes do they wait longer.
     wait_for_all = lambda: None
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
+        dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(rank, world), rank=rank, world_size=world,
+                                timeout=timedelta(seconds=60))
         patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
         wait_for_all = lambda: dist.barrier(patient)
     torch.set_float32_matmul_precision("high")
@@ -635,11 +661,14 @@ def main():
                 torch.cuda.set_rng_state(state["cuda_rng"][rank])
         except Exception as error:      # a damaged or foreign file fails in more ways than can be named
             stop(f"{last} can't be resumed from: {(str(error) or type(error).__name__).splitlines()[0]}")
-    if rank == 0:                       # what the log tells of steps that are to come again goes
-        with open(log_path, encoding="utf-8") as f:
-            lines = [line for line in f if first_step > 1 and line.endswith("}\n") and json.loads(line)["step"] < first_step]
-        log.truncate(0)
-        log.write("".join(lines))
+    if rank == 0:                       # what the log tells of steps to come goes, in one cut: a kill here loses no other line
+        n_bytes = 0
+        with open(log_path, "rb") as f:
+            for line in f:
+                if first_step == 1 or not line.endswith(b"}\n") or json.loads(line)["step"] >= first_step:
+                    break
+                n_bytes += len(line)
+        log.truncate(n_bytes)
 
     # ---- banner -------------------------------------------------------------------
     changed = " ".join(f"{name}={globals()[name]}" for name in settings if globals()[name] != settings[name])
