@@ -45,7 +45,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from transformer import BOS, EOS, PAD, Config, Transformer, beam_search, fail, has_bfloat16, sinusoids
+from transformer import BOS, EOS, PAD, Config, Transformer, beam_search, fail, has_bfloat16, keep_freed_memory, sinusoids
 
 SIZES = {"copy": (64, 128, 4, 2), "tiny": (128, 256, 4, 4), "small": (256, 1024, 4, 3), "base": (512, 2048, 8, 6), "big": (1024, 4096, 16, 6)}
 
@@ -119,6 +119,7 @@ def main():
         if not cuda:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()                                 # torch.nn.Transformer gains by it as well
     torch._dynamo.config.optimize_ddp = False
     low = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and has_bfloat16(dev) else torch.float32
     D, FF, H, N = SIZES[size]

@@ -41,7 +41,7 @@ warmup_steps = 100          # steps of linear rise
 decay = "linear"            # after warm-up: inverse_sqrt (§5.3), or linear, down to 0 at max_steps
 label_smoothing = 0.1       # §5.4
 grad_clip = 1.0             # the gradient's largest norm; 0: any
-average_last = 1            # model.pt is the mean of this many checkpoints, the last ones (§6.1 uses 5), if that is better
+average_last = 1            # model.pt is the mean of the last so many checkpoints (§6.1 uses 5), if that is better
 patience = 0                # stop after this many validations in a row without a better one; 0: never
 # evaluation
 log_interval = 50           # steps between progress lines
@@ -64,15 +64,18 @@ SMALL = dict(n_encoder_layers=4, n_decoder_layers=4, norm_first=True, batch_toke
 RECIPES = {
     2: dict(SMALL, vocab_size=3000, d_model=128, d_ff=256, dropout=0.3, epochs=40.0),                  # 15,000 pairs
     15: dict(SMALL, vocab_size=5000, d_model=128, d_ff=256, dropout=0.2, epochs=24.0),                 # 100,000
-    100: dict(SMALL, vocab_size=10000, d_model=256, d_ff=1024, dropout=0.2, epochs=20.0, learning_rate=2e-3),      # 700,000
+    100: dict(SMALL, vocab_size=10000, d_model=256, d_ff=1024, dropout=0.2, epochs=20.0,
+              learning_rate=2e-3),                                                                     # 700,000
     600: dict(SMALL, vocab_size=32000, d_model=512, d_ff=2048, n_heads=8, n_encoder_layers=6, n_decoder_layers=6,
               dropout=0.1, epochs=15.0, batch_tokens=8192, learning_rate=1e-3, warmup_steps=1000),     # 4 million
-    10 ** 9: dict(vocab_size=37000, d_model=512, d_ff=2048, n_heads=8, n_encoder_layers=6, n_decoder_layers=6, dropout=0.1,
-                   batch_tokens=3125, accumulate=8, max_steps=100_000, learning_rate=0.0, warmup_steps=4000, decay="inverse_sqrt",
-                   average_last=5, eval_interval=1000, checkpoint_interval=1000),                      # the paper, on one GPU
+    10 ** 9: dict(vocab_size=37000, d_model=512, d_ff=2048, n_heads=8, n_encoder_layers=6, n_decoder_layers=6,
+                  dropout=0.1, batch_tokens=3125, accumulate=8, max_steps=100_000, learning_rate=0.0,
+                  warmup_steps=4000, decay="inverse_sqrt", average_last=5, eval_interval=1000,
+                  checkpoint_interval=1000),                                                           # the paper
 }
-FIXED = """vocab_size d_model d_ff n_heads n_encoder_layers n_decoder_layers norm_first batch_tokens accumulate seed src tgt
-    max_len max_ratio""".split()                        # a resumed run must not change these: the model and its data
+# The model and its data: what a resumed run must not change.
+FIXED = """vocab_size d_model d_ff n_heads n_encoder_layers n_decoder_layers norm_first batch_tokens accumulate seed
+    src tgt max_len max_ratio""".split()
 
 import difflib
 import os
@@ -114,7 +117,8 @@ def override(settings, argv, path):
     return given
 
 
-settings = {name: value for name, value in globals().items() if type(value) in (bool, int, float, str) and name[0] != "_"}
+settings = {k: v for k, v in globals().items() if k[0] != "_" and type(v) in (bool, int, float, str)}   # the defaults
+now = lambda: {name: globals()[name] for name in settings}                      # what they are in this run
 if __name__ == "__main__":                              # before torch is imported: a typo costs no waiting
     given = override(settings, sys.argv[1:], __file__)
     globals().update(given)
@@ -129,7 +133,7 @@ import shutil
 import signal
 import uuid
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from datetime import timedelta
 
 import numpy as np
@@ -137,8 +141,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from transformer import (BOS, EOS, PAD, Config, Dropout, Tokenizer, Transformer, beam_search, has_bfloat16, load,
-                         read_checkpoint, save, translate, write_atomically)
+from transformer import (BOS, EOS, PAD, Config, Dropout, Tokenizer, Transformer, beam_search, has_bfloat16,
+                         keep_freed_memory, load, read_checkpoint, save, translate, write_atomically)
 
 
 # -----------------------------------------------------------------------------
@@ -153,7 +157,8 @@ class Corpus:
 
     @classmethod
     def of(cls, src_rows, tgt_rows):
-        flat = lambda rows: (np.array([i for row in rows for i in row], np.int64), np.cumsum([0] + [len(row) for row in rows]))
+        flat = lambda rows: (np.array([i for row in rows for i in row], np.int64),
+                             np.cumsum([0] + [len(row) for row in rows]))
         return cls(*flat(src_rows), *flat(tgt_rows))
 
     def __len__(self):
@@ -195,7 +200,8 @@ def read_pairs(src, tgt):
     try:
         for n, (x, y) in enumerate(itertools.zip_longest(read_lines(src), read_lines(tgt)), 1):
             if x is None or y is None:
-                raise ValueError(f"{src} and {tgt} must have as many lines, but {src if x is None else tgt} ends after {n - 1:,}")
+                short = src if x is None else tgt
+                raise ValueError(f"{src} and {tgt} must have as many lines, but {short} ends after {n - 1:,}")
             yield x, y
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"cannot read {src} and {tgt} after line {n:,}: {error}") from None
@@ -250,7 +256,8 @@ def prepare(folder):
     nor the ids have to fit in memory. -> (Corpus on disk, Tokenizer, counts of the pairs left out)
     """
     stats = [os.stat(path) for path in (src, tgt)]
-    made_from = [vocab_size, max_len, max_ratio, [[s.st_size, s.st_mtime_ns] for s in stats], os.path.abspath(src), os.path.abspath(tgt)]
+    made_from = [vocab_size, max_len, max_ratio, [[s.st_size, s.st_mtime_ns] for s in stats],
+                 os.path.abspath(src), os.path.abspath(tgt)]
     index, names = os.path.join(folder, "index.json"), [os.path.join(folder, name) for name in ("src", "tgt")]
     sizes = lambda: [os.path.getsize(name + kind) for name in names for kind in (".ids", ".lengths")]
     try:
@@ -289,7 +296,7 @@ def prepare(folder):
 # §5.1 Batches: sentence pairs "batched together by approximate sequence length"
 
 def widths(lengths, n=8):
-    """The n widths that waste least padding when every length is rounded up to one of them. Dynamic programme: O(n·max²)."""
+    """The n widths that waste least padding when every length is rounded up to one of them: a dynamic programme."""
     top = int(lengths.max())
     count = np.bincount(lengths, minlength=top + 1)
     total, mass = np.cumsum(count), np.cumsum(count * np.arange(top + 1))
@@ -361,7 +368,7 @@ class Batches:
 # §5.3, §5.4 Schedule and loss
 
 def peak_rate():
-    """The rate at the end of warm-up. In Eq. 3, where the two sides of its min meet, it is (d_model·warmup_steps)^-0.5."""
+    """The rate at the end of warm-up: in Eq. 3, where the two sides of its min meet, (d_model·warmup_steps)^-0.5."""
     return learning_rate or (d_model * warmup_steps) ** -0.5
 
 
@@ -397,7 +404,7 @@ class Loss(nn.Module):
         x = self.model.logits(states).flatten(0, 1).float()             # (B·T, V): most of a small model's memory
         true = torch.arange(x.size(1), device=x.device) == tgt_out[:, None]
         total = x.logsumexp(-1)
-        nll = total - torch.where(true, x, 0.0).sum(-1)                 # not a gather: its gradient is a scatter, 10% of a CPU step
+        nll = total - torch.where(true, x, 0.0).sum(-1)                 # a gather's gradient is a scatter: 10% of a step
         smoothed = (1 - self.label_smoothing) * nll + self.label_smoothing * (total - x.mean(-1))
         real = tgt_out != PAD
         return (smoothed * real).sum(), (nll * real).sum()
@@ -424,7 +431,8 @@ class Loss(nn.Module):
 def flops(c, n_src, n_tgt, S, T):
     """FLOPs of forward and backward for that many real tokens in sentences of mean length S and T."""
     attention, ffn = 4 * c.d_model ** 2, 2 * c.d_model * c.d_ff
-    per_src = 6 * (c.n_encoder_layers * (attention + ffn) + c.n_decoder_layers * attention / 2) + 12 * c.n_encoder_layers * S * c.d_model
+    per_src = (6 * (c.n_encoder_layers * (attention + ffn) + c.n_decoder_layers * attention / 2)
+               + 12 * c.n_encoder_layers * S * c.d_model)
     per_tgt = (6 * (c.n_decoder_layers * (1.5 * attention + ffn) + c.d_model * c.vocab_size)
                + c.n_decoder_layers * (6 * T + 12 * S) * c.d_model)
     return n_src * per_src + n_tgt * per_tgt
@@ -476,13 +484,17 @@ def draw_curve(points, width=64, height=10):
     lines = []
     for row in range(height):
         level = high - (high - low) * (row + 0.5) / height
-        bar = "".join("█" if m is not None and abs(m - level) <= (high - low) / height / 2 + 1e-12 else " " for m in means)
+        near = lambda mean: mean is not None and abs(mean - level) <= (high - low) / height / 2 + 1e-12
+        bar = "".join("█" if near(mean) else " " for mean in means)
         lines.append(f"{high - (high - low) * row / (height - 1):8.3f} ┤{bar}".rstrip())
-    return "\n".join(lines + [f"{'':9}└{'─' * width}", f"{'step':>8}  {int(steps[0]):<{width // 2}}{int(steps[-1]):>{width // 2}}"])
+    ends = f"{'step':>8}  {int(steps[0]):<{width // 2}}{int(steps[-1]):>{width // 2}}"
+    return "\n".join(lines + [f"{'':9}└{'─' * width}", ends])
 
 
 def clock(seconds):
-    return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}" if seconds >= 3600 else f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
 
 
 def matmul_rate(device, dtype, seconds=0.2):
@@ -506,8 +518,8 @@ def matmul_rate(device, dtype, seconds=0.2):
 def fresh_store(rank, world):
     """A clean corner of the store in which torchrun's processes find each other.
 
-    torchrun keeps its store over restarts, with the addresses of the dead in it: to call one of those is to hang. So each
-    process sends a greeting that no dead one can have sent, and rank 0 answers with the name of a new corner.
+    torchrun keeps its store over restarts, with the addresses of the dead in it: to call one of those is to hang. So
+    each process sends a greeting that no dead one can have sent, and rank 0 answers with the name of a new corner.
     """
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(minutes=5)))
     me = uuid.uuid4().hex
@@ -557,9 +569,10 @@ def main():
         patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
         wait_for_all = lambda: dist.barrier(patient)
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
 
     # ---- data -------------------------------------------------------------------
-    tokenizer, skipped, val, val_text = None, {}, None, None
+    tokenizer, left_out, val, val_text = None, {}, None, None
     last, log_path, model_path = (os.path.join(out_dir, name) for name in ("last.pt", "log.jsonl", "model.pt"))
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -571,14 +584,14 @@ def main():
                 say(f"preparing {src} and {tgt} ...", flush=True)
                 prepare(os.path.join(out_dir, "data"))
             wait_for_all()
-            corpus, tokenizer, skipped = prepare(os.path.join(out_dir, "data"))
+            corpus, tokenizer, left_out = prepare(os.path.join(out_dir, "data"))
             if val_src:
                 val_text = list(zip(*read_pairs(val_src, val_tgt)))
                 val = Corpus.of(*([tokenizer.encode(line)[:max_len - 1] for line in side] for side in val_text))
         else:
             rows = copy_task(20_000, seed)
-            new = copy_task(1_000, seed + 1, without=rows)
-            corpus, val = Corpus.of(rows, rows), Corpus.of(new, new)
+            unseen = copy_task(1_000, seed + 1, without=rows)
+            corpus, val = Corpus.of(rows, rows), Corpus.of(unseen, unseen)
     except BlockingIOError:
         stop(f"another run is writing to {out_dir}; give this one its own --out_dir")
     except (OSError, ValueError) as error:
@@ -587,7 +600,7 @@ def main():
     steps_per_epoch = len(plan) / (world * accumulate)
     globals()["max_steps"] = max_steps or max(1, round(epochs * steps_per_epoch))
 
-    # ---- model, loss, optimizer -----------------------------------------------------
+    # ---- model and optimizers -------------------------------------------------------
     torch.manual_seed(seed)
     try:
         config = Config(len(tokenizer) if tokenizer else vocab_size, d_model, n_heads, d_ff, n_encoder_layers,
@@ -595,6 +608,7 @@ def main():
     except ValueError as error:
         stop(str(error))
     model = Transformer(config).to(dev)
+    torch.manual_seed(seed + rank)                      # the same weights on every rank, but other dropout
     # §5.3 has Adam for all. Muon makes each matrix's step orthogonal: every direction in it learns at the same rate.
     matrices = [w for part in (model.encoder, model.decoder) for w in part.parameters() if w.dim() == 2 and muon]
     taken = set(map(id, matrices))
@@ -602,7 +616,6 @@ def main():
                                    fused=dev.type in ("cpu", "cuda"))]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-    torch.manual_seed(seed + rank)                      # the same weights on every rank, but other dropout
 
     # Narrow matrices don't win back the casts to bfloat16; a GPU without it has float16, which needs its loss scaled.
     amp = dtype if dtype != "auto" else "bfloat16" if has_bfloat16(dev) and (cuda or d_model >= 128) else \
@@ -626,22 +639,23 @@ def main():
         loss_fn.compile_parts()
     if world > 1:
         step_fn = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[dev.index] if cuda else None)
-        ours = [{name: globals()[name] for name in settings}, len(corpus), sum(real), config.vocab_size, torch.__version__]
+        ours = [now(), len(corpus), sum(real), config.vocab_size, torch.__version__]
         theirs = [None] * world
         dist.all_gather_object(theirs, ours)
         different = [r for r in range(world) if theirs[r] != theirs[0]]
         if different:
-            stop(f"rank {different[0]} has other settings, another corpus or another torch than rank 0: {theirs[different[0]]}")
+            stop(f"rank {different[0]} has other settings, another corpus or another torch than rank 0: "
+                 f"{theirs[different[0]]} there, {theirs[0]} here")
 
     # ---- resume -------------------------------------------------------------------
+    progress = dict(step=0, best_nll=math.inf, n_worse=0, n_skipped=0, history=[], recent=[])
     # Loss, nll and target ids since the last progress line, on the device: to read them would be to wait for it.
     totals = torch.zeros(3, dtype=torch.float64, device=dev)
-    first_step, history, recent, best_nll, n_worse, n_skipped = 1, [], deque(maxlen=average_last), math.inf, 0, 0
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(last)   # torchrun --max-restarts
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(last)   # --max-restarts
     if resume or restarted:
+        if not os.path.exists(last):
+            stop(f"--resume=True, but there is no {last}; start without it")
         try:
-            if not os.path.exists(last):
-                stop(f"--resume=True, but there is no {last}; start without it")
             state = read_checkpoint(last)
             for name in FIXED:
                 if state["settings"][name] != globals()[name]:
@@ -652,26 +666,25 @@ def main():
             for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
             scaler.load_state_dict(state["scaler"])
-            first_step, history, best_nll = state["step"] + 1, state["history"], state["best_nll"]
-            n_worse, n_skipped = state["n_worse"], state["n_skipped"]
-            recent.extend(state["recent"])
-            totals.copy_(state["totals"][rank])
-            torch.set_rng_state(state["rng"][rank])
+            progress = {name: state[name] for name in progress}
+            rng, cuda_rng, mine = state["ranks"][rank]
+            torch.set_rng_state(rng)
             if cuda:
-                torch.cuda.set_rng_state(state["cuda_rng"][rank])
+                torch.cuda.set_rng_state(cuda_rng)
+            totals.copy_(mine)
         except Exception as error:      # a damaged or foreign file fails in more ways than can be named
             stop(f"{last} can't be resumed from: {(str(error) or type(error).__name__).splitlines()[0]}")
-    if rank == 0:                       # what the log tells of steps to come goes, in one cut: a kill here loses no other line
+    if rank == 0:                       # what the log tells of steps to come goes, in one cut: no kill loses other lines
         n_bytes = 0
         with open(log_path, "rb") as f:
             for line in f:
-                if first_step == 1 or not line.endswith(b"}\n") or json.loads(line)["step"] >= first_step:
+                if not progress["step"] or not line.endswith(b"}\n") or json.loads(line)["step"] > progress["step"]:
                     break
                 n_bytes += len(line)
         log.truncate(n_bytes)
 
     # ---- banner -------------------------------------------------------------------
-    changed = " ".join(f"{name}={globals()[name]}" for name in settings if globals()[name] != settings[name])
+    changed = " ".join(f"{name}={value}" for name, value in now().items() if value != settings[name])
     where = torch.cuda.get_device_name(dev) if cuda else f"{dev}, {torch.get_num_threads()} threads"
     say(f"settings  {changed or 'the defaults: learning to copy'}")
     if src:
@@ -681,31 +694,36 @@ def main():
         f"{peak / 1e12:.3g} TFLOP/s in matrix products")
     say(f"model     {sum(p.numel() for p in model.parameters()):,} parameters")
     say(f"data      {len(corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
-        + (", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"))
-    say(f"run       {max_steps:,} steps of about {sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps an epoch, "
-        f"{run_flops:.2g} FLOPs, about {clock(estimate)}" + (" and some minutes to compile" if compiled else ""), flush=True)
-    if first_step > 1:
-        say(f"resumed   from {last}, after step {first_step - 1:,}")
+        + (", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"))
+    say(f"run       {max_steps:,} steps of about {sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps an "
+        f"epoch, {run_flops:.2g} FLOPs, about {clock(estimate)}{' and a minute to compile' * compiled}", flush=True)
+    if progress["step"]:
+        say(f"resumed   from {last}, after step {progress['step']:,}")
 
-    def record(step, **values):
+    # ---- what happens between the steps; none of it changes what is learnt ----------
+    def record(**values):
         """One line of log.jsonl."""
-        log.write(json.dumps({"step": step, **values, "seconds": round(time.time() - start_time, 2)}) + "\n")
+        seconds = round(time.time() - start_time, 2)
+        log.write(json.dumps({"step": progress["step"], **values, "seconds": seconds}) + "\n")
         log.flush()
 
-    def save_checkpoint(step):
-        """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes."""
-        mine = (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None, totals.cpu())
-        everyone = [mine]
+    def report(norm, n_ids, seconds):
+        """The progress line. All ranks call it."""
+        step, sums = progress["step"], totals.clone()
+        totals.zero_()
         if world > 1:
-            everyone = [None] * world
-            dist.all_gather_object(everyone, mine)
+            dist.all_reduce(sums)
+        loss, nll = (sums[:2] / sums[2]).tolist()
+        progress["history"].append([step, nll])
         if rank == 0:
-            rng, cuda_rng, all_totals = zip(*everyone)
-            write_atomically(last, {
-                "step": step, "world": world, "settings": {name: globals()[name] for name in settings}, "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": scaler.state_dict(), "rng": rng, "cuda_rng": cuda_rng,
-                "totals": all_totals, "history": history, "recent": list(recent), "best_nll": best_nll,
-                "n_worse": n_worse, "n_skipped": n_skipped})
+            values = dict(loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)), learning_rate=learning_rate_at(step),
+                          grad_norm=norm.item(), skipped=progress["n_skipped"], tokens_per_second=n_ids / seconds,
+                          mfu=n_ids / seconds * id_flops / peak)
+            record(**values)
+            left = clock((max_steps - step) * seconds / log_interval)
+            say("step {:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {perplexity:8.2f}  lr {learning_rate:.2e}  "
+                "norm {grad_norm:.2f}  {tokens_per_second:,.0f} ids/s  mfu {mfu:.0%}  left {}".format(step, left, **values),
+                flush=True)
 
     def validation_nll():
         """Mean negative log-likelihood of a target id of the validation set."""
@@ -717,16 +735,64 @@ def main():
                 n += int((val.n_tgt[rows] + 1).sum())
         return total / n
 
-    signals = []                                        # the first of these makes the loop below save and end
+    def validate():
+        """Rank 0 scores the model, and writes model.pt if it is the best so far; the others wait, and hear of it."""
+        if rank == 0:
+            model.eval()
+            torch.compiler.set_stance("force_eager")    # what runs once in a while is not worth compiling
+            nll = validation_nll()
+            say(f"step {progress['step']:6d}  validation nll {nll:.4f}  ppl {math.exp(min(nll, 50)):.2f}")
+            record(val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
+            if val_text:
+                picks = (0, len(val_text[0]) // 2)
+                for i, out in zip(picks, translate(model, tokenizer, [val_text[0][i] for i in picks], beam_size=1)):
+                    say(f"    source  {val_text[0][i]}\n    model   {out[0][0]}\n    truth   {val_text[1][i]}")
+            progress["n_worse"] += 1
+            if nll < progress["best_nll"]:
+                progress.update(best_nll=nll, n_worse=0)
+                save(model_path, model, tokenizer)
+            torch.compiler.set_stance("default")
+            model.train()
+        if world > 1:
+            from_rank_0 = [progress["n_worse"]]
+            dist.broadcast_object_list(from_rank_0, 0, group=patient)
+            progress["n_worse"], = from_rank_0
+
+    def save_checkpoint():
+        """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes."""
+        mine = (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None, totals.cpu())
+        everyone = [mine]
+        if world > 1:
+            everyone = [None] * world
+            dist.all_gather_object(everyone, mine)
+        if rank == 0:
+            write_atomically(last, {
+                **progress, "world": world, "ranks": everyone, "settings": now(), "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": scaler.state_dict()})
+
+    def leave_if_told():
+        """One process may have heard a signal that the others have not: they agree, and all end after the same step."""
+        heard = signals[0] if signals else 0
+        if world > 1:
+            flag = torch.tensor(heard, device=dev)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            heard = int(flag)
+        if heard:
+            save_checkpoint()
+            say(f"{signal.Signals(heard).name} after step {progress['step']:,}: saved {last}; "
+                "go on with the same command and --resume=True")
+            sys.exit(128 + heard)
+
+    signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
 
     # ---- training -----------------------------------------------------------------
     model.train()
     tick, n_ids = time.time(), 0
-    for step in range(first_step, max_steps + 1):
-        if patience and n_worse >= patience:
-            say(f"step {step - 1:6d}  {n_worse} validations without a better one: enough")
+    for step in range(progress["step"] + 1, max_steps + 1):
+        if patience and progress["n_worse"] >= patience:
+            say(f"step {step - 1:6d}  {patience} validations without a better one: enough")
             break
         for optimizer, scale in zip(optimizers, (1.0, muon / peak_rate())):             # one schedule for both
             for group in optimizer.param_groups:
@@ -745,93 +811,61 @@ def main():
             scaler.scale(loss * (world / n_tgt)).backward()                         # DDP averages over ranks: undo that
             totals += torch.stack((loss.detach(), nll.detach(), (y[:, 1:] != PAD).sum()))
         for optimizer in optimizers:
-            scaler.unscale_(optimizer)                                              # first, or clipping would clip the scale
+            scaler.unscale_(optimizer)                                              # or clipping would clip the scale
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        due = step % log_interval == 0 or step % checkpoint_interval == 0 or step == max_steps
-        # A GPU is asked for the norm only when it must be read anyway. What is saved has been checked either way.
-        finite = math.isfinite(norm.item()) if due or not cuda or scaler.is_enabled() else True
-        n_skipped += not finite                                                     # the scaler takes no step, and scales less
-        if not finite and not scaler.is_enabled():
-            stop(f"the gradient is {norm.item()} at step {step:,}{' or shortly before' if cuda else ''}, in sentences "
-                 f"{sorted(int(r) for rows, _, _ in micro for r in rows)[:20]}...; {last} is from before; lower --learning_rate?")
+        due = lambda interval: step % interval == 0 or step == max_steps
+        # A GPU is asked for the norm only when it must be: to read it is to wait for it.
+        look = due(log_interval) or due(checkpoint_interval) or not cuda or world == 1 and bool(signals)
+        # What is saved has been checked either way. Under float16 the scaler takes no step, and scales less.
+        if (look or scaler.is_enabled()) and not math.isfinite(norm.item()):
+            progress["n_skipped"] += 1
+            if not scaler.is_enabled():
+                sentences = sorted(int(r) for rows, _, _ in micro for r in rows)[:20]
+                stop(f"the gradient is {norm.item()} at step {step:,}{' or shortly before' * cuda}, in sentences "
+                     f"{sentences}...; {last} is from before; lower --learning_rate?")
         for optimizer in optimizers:
             scaler.step(optimizer)
         scaler.update()
         model.zero_grad(set_to_none=True)
-        n_ids += sum(int(corpus.n_src[rows].sum() + corpus.n_tgt[rows].sum()) + 2 * len(rows) for rows, _, _ in micro)
 
-        # ---- diagnostics: nothing below changes what is learnt ------------------------
-        if step % log_interval == 0 or step == max_steps:
-            sums = totals.clone()
-            totals.zero_()
-            if world > 1:
-                dist.all_reduce(sums)
-            loss, nll = (sums[:2] / sums[2]).tolist()
-            seconds, tick = time.time() - tick, time.time()
-            speed, n_ids = n_ids / seconds, 0
-            history.append([step, nll])
-            if rank == 0:
-                left = (max_steps - step) * seconds / log_interval
-                say(f"step {step:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {math.exp(min(nll, 50)):8.2f}  lr {learning_rate_at(step):.2e}"
-                    f"  norm {norm.item():.2f}  {speed:,.0f} ids/s  mfu {speed * id_flops / peak:.0%}  left {clock(left)}", flush=True)
-                record(step, loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)), learning_rate=learning_rate_at(step),
-                       grad_norm=norm.item(), skipped=n_skipped, tokens_per_second=speed, mfu=speed * id_flops / peak)
-        if val and (step % eval_interval == 0 or step == max_steps):
-            if rank == 0:
-                model.eval()
-                torch.compiler.set_stance("force_eager")     # what runs once in a while is not worth compiling
-                nll = validation_nll()
-                say(f"step {step:6d}  validation nll {nll:.4f}  ppl {math.exp(min(nll, 50)):.2f}")
-                record(step, val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
-                if val_text:
-                    picks = (0, len(val_text[0]) // 2)
-                    for i, out in zip(picks, translate(model, tokenizer, [val_text[0][i] for i in picks], beam_size=1)):
-                        say(f"    source  {val_text[0][i]}\n    model   {out[0][0]}\n    truth   {val_text[1][i]}", flush=True)
-                n_worse += 1
-                if nll < best_nll:
-                    best_nll, n_worse = nll, 0
-                    save(model_path, model, tokenizer)
-                torch.compiler.set_stance("default")
-                model.train()
-            if world > 1:                               # the others wait here, and hear what rank 0 has found
-                heard_from_0 = [n_worse]
-                dist.broadcast_object_list(heard_from_0, 0, group=patient)
-                n_worse, = heard_from_0
-        if step % checkpoint_interval == 0 or step == max_steps:
+        progress["step"] = step
+        n_ids += sum(int(corpus.n_src[rows].sum() + corpus.n_tgt[rows].sum()) + 2 * len(rows) for rows, _, _ in micro)
+        if due(log_interval):
+            report(norm, n_ids, time.time() - tick)
+            tick, n_ids = time.time(), 0
+        if val and due(eval_interval):
+            validate()
+        if due(checkpoint_interval):
             if average_last > 1:
-                recent.append({name: w.detach().cpu().clone() for name, w in model.state_dict().items()})
-            save_checkpoint(step)
-        # One process may have heard a signal that the others have not: they agree, and all end after the same step.
-        heard = signals[0] if signals else 0
-        if world > 1 and (due or not cuda):
-            flag = torch.tensor(heard, device=dev)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            heard = int(flag)
-        if heard and (due or not cuda or world == 1):
-            save_checkpoint(step)
-            say(f"{signal.Signals(heard).name} after step {step:,}: saved {last}; go on with the same command and --resume=True")
-            sys.exit(128 + heard)
+                weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
+                progress["recent"] = (progress["recent"] + [weights])[-average_last:]
+            save_checkpoint()
+        if look:
+            leave_if_told()
 
     # ---- the end --------------------------------------------------------------------
     torch.compiler.set_stance("force_eager")
     if rank == 0:
-        if len(recent) > 1:
+        recent = progress["recent"]
+        if len(recent) > 1:                             # §6.1
             model.load_state_dict({name: torch.stack([w[name] for w in recent]).mean(0) for name in recent[0]})
         model.eval()
         nll = validation_nll() if val else -math.inf
         if len(recent) > 1 and val:
-            say(f"mean of the last {len(recent)} checkpoints: validation nll {nll:.4f}, best without {best_nll:.4f}")
-        if nll <= best_nll:
+            say(f"mean of the last {len(recent)} checkpoints: validation nll {nll:.4f}, "
+                f"best without {progress['best_nll']:.4f}")
+        if nll <= progress["best_nll"]:
             save(model_path, model, tokenizer)
         model, _ = load(model_path, dev)
-        if len(history) > 1:
-            say("\nnegative log-likelihood of the training text\n" + draw_curve(history) + "\n")
+        if len(progress["history"]) > 1:
+            say("\nnegative log-likelihood of the training text\n" + draw_curve(progress["history"]) + "\n")
         if val_text:
             model.to(getattr(torch, amp))
             out = [best[0][0] for best in translate(model, tokenizer, val_text[0], beam_size, length_penalty)]
             score = bleu(out, val_text[1], str.split if bleu_tokenize == "none" else tokenize_13a)
-            say(f"validation BLEU {score:.2f} (tokenizer {bleu_tokenize}, beam {beam_size}, length penalty {length_penalty})")
-            record(max_steps, bleu=score)
+            say(f"validation BLEU {score:.2f} (tokenizer {bleu_tokenize}, beam {beam_size}, "
+                f"length penalty {length_penalty})")
+            record(bleu=score)
         elif not src:
             pairs, words = [], lambda row: row[:row.index(EOS)]
             for rows, S, T in plan_epoch(val, 0, 0):
@@ -842,7 +876,7 @@ def main():
                 say(f"  in  {' '.join(map(str, a))}\n  out {' '.join(map(str, b))}")
             accuracy = sum(a == b for a, b in pairs) / len(pairs)
             say(f"exact-sequence accuracy on {len(val):,} unseen sequences: {accuracy:.1%}")
-            record(max_steps, accuracy=accuracy)
+            record(accuracy=accuracy)
         say(f"{clock(time.time() - start_time)} in all; the model is {model_path}"
             + (f"\nuse it:  python transformer.py --checkpoint={model_path} < in.txt > out.txt" if src else ""))
     wait_for_all()
@@ -860,25 +894,27 @@ def check_settings(stop):
         stop("--val_src is given without --src: there is nothing to train on")
     for name, path in files.items():
         if path and not os.path.isfile(path):
-            stop(f"--{name}={path}: expected a text file, found {'another thing' if os.path.exists(path) else 'nothing there'}")
-    for name, low in dict(batch_tokens=1, accumulate=1, log_interval=1, eval_interval=1, checkpoint_interval=1, average_last=1, patience=0, muon=0,
-                          beam_size=1, warmup_steps=1, max_len=1, max_steps=0, epochs=0, learning_rate=0, grad_clip=0,
-                          max_ratio=0, seed=0).items():
+            found = "another thing" if os.path.exists(path) else "nothing there"
+            stop(f"--{name}={path}: expected a text file, found {found}")
+    for name, low in dict(batch_tokens=1, accumulate=1, log_interval=1, eval_interval=1, checkpoint_interval=1,
+                          average_last=1, patience=0, muon=0, beam_size=1, warmup_steps=1, max_len=1, max_steps=0,
+                          epochs=0, learning_rate=0, grad_clip=0, max_ratio=0, seed=0).items():
         if not low <= globals()[name] < math.inf:
             stop(f"--{name} must be at least {low}, got {globals()[name]}")
     if not 0 <= label_smoothing < 1:
         stop(f"--label_smoothing must lie in [0, 1), got {label_smoothing}")
     if not max_steps and not epochs:
         stop("--max_steps and --epochs are both 0: nothing to do")
-    for name, options in dict(decay=("inverse_sqrt", "linear"), compile=("auto", "True", "False"), bleu_tokenize=("13a", "none"),
-                              dtype=("auto", "float32", "bfloat16", "float16")).items():
+    for name, options in dict(decay=("inverse_sqrt", "linear"), compile=("auto", "True", "False"),
+                              bleu_tokenize=("13a", "none"), dtype=("auto", "float32", "bfloat16", "float16")).items():
         if globals()[name] not in options:
             stop(f"--{name} must be one of {', '.join(options)}, got {globals()[name]!r}")
 
 
 def recipe():
     """The row of RECIPES for the training text, by its size in MB, .gz files counted four times. -> (MB, dict)"""
-    size = sum(os.path.getsize(path) * (4 if path.endswith(".gz") else 1) for path in (src, tgt) if os.path.isfile(path)) / 1e6
+    files = [path for path in (src, tgt) if os.path.isfile(path)]
+    size = sum(os.path.getsize(path) * (4 if path.endswith(".gz") else 1) for path in files) / 1e6
     return size, next(row for limit, row in RECIPES.items() if size <= limit)
 
 
@@ -894,7 +930,7 @@ if __name__ == "__main__":
         fail(f"{error}; what was saved before is intact")
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
-            fail(f"out of memory: lower --batch_tokens={batch_tokens} and raise --accumulate={accumulate} to make up for it")
+            fail(f"out of memory: lower --batch_tokens={batch_tokens} and raise --accumulate={accumulate} to make up")
         # The other processes are gone, or can't be reached any more.
         if not dist.is_initialized() or not re.search("gloo|NCCL|onnection|imed out|ocket|store", str(error)):
             raise
