@@ -4,9 +4,9 @@ What you need to believe the numbers: this model and torch.nn.Transformer, on th
     python bench.py                                   # a small model, about two minutes on two CPU cores
     python bench.py --size=base --batch=32            # the paper's base model
     torchrun --nproc_per_node=2 bench.py              # adds what a second process brings
-    python bench.py --plan=True --size=base --vocab_size=37000 --plan_tokens=5e9 --plan_devices=8      # what would a run cost?
+    python bench.py --plan=True --size=base --vocab_size=37000 --plan_tokens=5e9 --plan_devices=8    # what would it cost?
 
-Prints a table for people and, as the last line, one JSON object for programs. Tokens are real ones, padding not counted.
+Prints a table for people and, as the last line, one JSON object for programs. Tokens are real: padding is not counted.
 """
 
 # ---- settings ---------------------------------------------------------------
@@ -20,7 +20,7 @@ decode_len = 32             # ids decoded for each
 device = "auto"             # cpu or cuda; auto: cuda where there is one
 dtype = "auto"              # bfloat16 or float32; auto: bfloat16 where the hardware has it
 plan = False                # True: measures this machine and says what a run would cost, on as many of it
-plan_tokens = 5e9           # source and target ids the run reads, all epochs together (the paper's base: 100,000 steps of 50,000)
+plan_tokens = 5e9           # source and target ids the run reads, all epochs together; the paper's: 100,000 x 50,000
 plan_devices = 1            # devices like this one; gradients are summed over them once a step
 compile = True              # the training step of this model; torch.nn.Transformer runs as its documentation shows
 seed = 1
@@ -30,7 +30,7 @@ import sys
 
 from train import Loss, flops, matmul_rate, override
 
-settings = {name: value for name, value in globals().items() if not name.startswith("_") and type(value) in (bool, int, float, str)}
+settings = {k: v for k, v in globals().items() if k[0] != "_" and type(v) in (bool, int, float, str)}
 if __name__ == "__main__":
     globals().update(override(settings, sys.argv[1:], __file__))
 
@@ -45,9 +45,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from transformer import BOS, EOS, PAD, Config, Transformer, beam_search, fail, has_bfloat16, keep_freed_memory, sinusoids
+from transformer import (BOS, EOS, PAD, Config, Transformer, beam_search, fail, has_bfloat16, keep_freed_memory,
+                         sinusoids)
 
-SIZES = {"copy": (64, 128, 4, 2), "tiny": (128, 256, 4, 4), "small": (256, 1024, 4, 3), "base": (512, 2048, 8, 6), "big": (1024, 4096, 16, 6)}
+SIZES = {"copy": (64, 128, 4, 2), "tiny": (128, 256, 4, 4), "small": (256, 1024, 4, 3), "base": (512, 2048, 8, 6),
+         "big": (1024, 4096, 16, 6)}
 
 
 class TorchTransformer(nn.Module):
@@ -123,7 +125,7 @@ def main():
     torch._dynamo.config.optimize_ddp = False
     low = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and has_bfloat16(dev) else torch.float32
     D, FF, H, N = SIZES[size]
-    config = Config(vocab_size=vocab_size, d_model=D, d_ff=FF, n_heads=H, n_encoder_layers=N, n_decoder_layers=N, norm_first=True)
+    config = Config(vocab_size, d_model=D, d_ff=FF, n_heads=H, n_encoder_layers=N, n_decoder_layers=N, norm_first=True)
     rate = matmul_rate(dev, low)
 
     torch.manual_seed(seed)
@@ -141,7 +143,9 @@ def main():
         loss_fn = Loss(model.train(), 0.1)
         if compiled:
             loss_fn.compile_parts()
-        call = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[dev.index] if cuda else None) if parallel else loss_fn
+        call = loss_fn
+        if parallel:
+            call = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[dev.index] if cuda else None)
         optimizer = torch.optim.Adam(model.parameters(), 1e-4, (0.9, 0.98), 1e-9, fused=True)
 
         def step():
@@ -159,13 +163,15 @@ def main():
             share = f"{work / seconds / rate:6.0%}" if work else ""
             print(f"{what:<46}{tokens / seconds:>12,.0f} tok/s{1e3 * seconds:>11,.1f} ms {share}", flush=True)
 
+    half = str(low).removeprefix("torch.")
     if rank == 0:
         gpu = torch.cuda.get_device_name(dev) if cuda else f"{torch.get_num_threads()} threads"
-        print(f"{size}: {D}/{FF}/{H}/{N}+{N}, {vocab_size:,} words; {n_tokens:,} real ids a step, {1 - n_tokens / 2 / real.numel():.0%} padding\n"
-              f"{dev} ({gpu}), torch {torch.__version__}, {rate / 1e12:.3f} TFLOP/s in {str(low).removeprefix('torch.')} matrix products, world {world}\n")
+        print(f"{size}: {D}/{FF}/{H}/{N}+{N}, {vocab_size:,} words; {n_tokens:,} real ids a step, "
+              f"{1 - n_tokens / 2 / real.numel():.0%} padding\n{dev} ({gpu}), torch {torch.__version__}, "
+              f"{rate / 1e12:.3f} TFLOP/s in {half} matrix products, world {world}\n")
 
-    half = "bfloat16" if low == torch.bfloat16 else "float32"
-    result = {"size": size, "device": str(dev), "torch": torch.__version__, "world": world, "matmul_tflops": rate / 1e12, "rows": rows}
+    result = {"size": size, "device": str(dev), "torch": torch.__version__, "world": world, "matmul_tflops": rate / 1e12,
+              "rows": rows}
     torch.manual_seed(seed)
     model = Transformer(config).to(dev)
     if world > 1:
@@ -186,13 +192,14 @@ def main():
         row(f"train, this model, {half}{', compiled' if compile else ''}", seconds, n_tokens, step_flops)
         n = sum(p.numel() for p in model.parameters())
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        cost = {"parameters": n, "flops": step_flops / n_tokens * plan_tokens, "hours": seconds / n_tokens * plan_tokens / plan_devices / 3600,
-                "model_pt_bytes": 4 * n, "last_pt_bytes": 12 * n, "state_bytes_per_device": 16 * n, "measured_peak_bytes": peak,
+        hours = seconds / n_tokens * plan_tokens / plan_devices / 3600
+        cost = {"parameters": n, "flops": step_flops / n_tokens * plan_tokens, "hours": hours, "model_pt_bytes": 4 * n,
+                "last_pt_bytes": 12 * n, "state_bytes_per_device": 16 * n, "measured_peak_bytes": peak,
                 "all_reduce_bytes_per_step": 4 * n if plan_devices > 1 else 0}
-        print(f"\n{plan_tokens:,.0f} ids on {plan_devices} such device{'s' * (plan_devices > 1)}, if the wires between them keep up:\n"
-              f"  {n:,} parameters, {cost['flops']:.3g} FLOPs, {cost['hours']:,.1f} hours\n"
+        print(f"\n{plan_tokens:,.0f} ids on {plan_devices} such device{'s' * (plan_devices > 1)}, if the wires keep up:\n"
+              f"  {n:,} parameters, {cost['flops']:.3g} FLOPs, {hours:,.1f} hours\n"
               f"  model.pt {4 * n / 1e6:,.0f} MB, last.pt {12 * n / 1e6:,.0f} MB (weights and Adam's two moments)\n"
-              f"  memory: {16 * n / 1e9:.2f} GB a device for weights, gradients and moments; {peak / 1e9:.2f} GB in all at the size measured here\n"
+              f"  memory: {16 * n / 1e9:.2f} GB a device for weights, gradients and moments; {peak / 1e9:.2f} GB in all here\n"
               f"  all-reduce: {cost['all_reduce_bytes_per_step'] / 1e6:,.0f} MB a step")
         result |= cost
     else:
@@ -204,15 +211,17 @@ def main():
         source = src[:1, :24].repeat(decode_batch, 1).clamp(min=EOS + 1)
         generated = decode_batch * decode_len
         model, reference = model.eval().to(low), reference.eval()
-        row("greedy, torch.nn.Transformer, no cache, float32", slow := timed(lambda: greedy(reference, source, decode_len), 1, sync, 1), generated)
+        slow = timed(lambda: greedy(reference, source, decode_len), 1, sync, 1)
+        row("greedy, torch.nn.Transformer, no cache, float32", slow, generated)
         for beam in (1, 4):
-            fast = timed(lambda: beam_search(model, source, beam, max_len=decode_len, min_len=decode_len), 3, sync, 1)
+            decode = lambda: beam_search(model, source, beam, max_len=decode_len, min_len=decode_len)
+            fast = timed(decode, 3, sync, 1)
             row(f"{'greedy' if beam == 1 else 'beam 4'}, this model, {half}", fast, generated)
             result[f"decode_speedup_beam_{beam}"] = slow / fast
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         result["peak_memory_bytes"] = peak
-        print(f"\ntraining {result['train_speedup']:.1f}x, greedy decoding {result['decode_speedup_beam_1']:.1f}x torch.nn.Transformer; "
-              f"peak memory {peak / 1e9:.2f} GB")
+        print(f"\ntraining {result['train_speedup']:.1f}x, greedy decoding {result['decode_speedup_beam_1']:.1f}x "
+              f"torch.nn.Transformer; peak memory {peak / 1e9:.2f} GB")
     if rank == 0:
         print(json.dumps(result))
 

@@ -76,8 +76,8 @@ class Config:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.vocab_size <= EOS or 0 < self.src_vocab_size <= EOS:
-            raise ValueError(f"a vocabulary needs more than the {EOS + 1} special ids, got vocab_size={self.vocab_size}, "
-                             f"src_vocab_size={self.src_vocab_size}")
+            raise ValueError(f"a vocabulary needs more than the {EOS + 1} special ids, got vocab_size={self.vocab_size} "
+                             f"and src_vocab_size={self.src_vocab_size}")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model must be divisible by n_heads, got {self.d_model} and {self.n_heads}")
         if self.d_model % 2:
@@ -217,7 +217,7 @@ class Dropout(nn.Module):
     def __init__(self, p):
         super().__init__()
         self.p = p
-        self.seed = None        # an int32 tensor, for a trainer that compiles this and fills it anew before each forward
+        self.seed = None        # an int32 tensor, if a trainer that compiles this fills it anew before each forward
 
     def forward(self, x):
         if not self.training or not self.p:
@@ -281,7 +281,8 @@ class DecoderLayer(nn.Module):
 
     def step(self, x, cache, layer):
         """The same for the newest position alone, with the earlier ones in the cache. (B, N, D) -> (B, N, D)"""
-        x = self.add_norm1(x, lambda y: self.self_attn(y, cache.append(layer, *self.self_attn.keys_values(y)), cache.mask()))
+        keys_values = self.self_attn.keys_values
+        x = self.add_norm1(x, lambda y: self.self_attn(y, cache.append(layer, *keys_values(y)), cache.mask()))
         x = self.add_norm2(x, lambda y: self.cross_attn(y, cache.memory_kv[layer], cache.memory_mask))
         return self.add_norm3(x, self.ffn)
 
@@ -300,7 +301,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         D = config.d_model
-        # §3.4: one matrix embeds the source, embeds the target, and, transposed, turns the decoder's output into logits.
+        # §3.4: one matrix embeds the source, embeds the target, and, transposed, turns states into logits.
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.src_embedding = nn.Embedding(config.src_vocab_size, D) if config.src_vocab_size else self.embedding
         self.output = nn.Linear(D, config.vocab_size, bias=False)
@@ -334,7 +335,7 @@ class Transformer(nn.Module):
         if positions is None:
             encoding = sinusoids(place, self.config.d_model)
         elif start + ids.size(1) > positions.num_embeddings:
-            raise ValueError(f"{start + ids.size(1)} positions asked for, but this model learned {positions.num_embeddings}")
+            raise ValueError(f"expected at most the {positions.num_embeddings} positions learned, got {start + ids.size(1)}")
         else:
             encoding = positions(place)
         x = embedding(ids) * math.sqrt(self.config.d_model)
@@ -402,7 +403,7 @@ class Transformer(nn.Module):
         return model
 
     def to_torch(self):
-        """The same encoder and decoder as a torch.nn.Transformer (batch_first), ready for its forward with embedded inputs."""
+        """The same encoder and decoder as a torch.nn.Transformer (batch_first), whose inputs are embedded already."""
         c = self.config
         module = nn.Transformer(c.d_model, c.n_heads, c.n_encoder_layers, c.n_decoder_layers, c.d_ff, c.dropout,
                                 batch_first=True, norm_first=c.norm_first)
@@ -452,8 +453,9 @@ def _difference(module, model):
              ("n_decoder_layers", c.n_decoder_layers, len(module.decoder.layers)),
              ("d_ff", c.d_ff, layer.linear1.out_features)]
     for each in (*module.encoder.layers, *module.decoder.layers):
-        facts += [("norm_first", c.norm_first, each.norm_first), ("ReLU", True, each.activation in (F.relu, torch.relu)
-                   or isinstance(each.activation, nn.ReLU)), ("LayerNorm eps", model.encoder[0].add_norm1.norm.eps, each.norm1.eps)]
+        facts += [("norm_first", c.norm_first, each.norm_first),
+                  ("ReLU", True, each.activation in (F.relu, torch.relu) or isinstance(each.activation, nn.ReLU)),
+                  ("LayerNorm eps", model.encoder[0].add_norm1.norm.eps, each.norm1.eps)]
     facts += [("a final norm", c.norm_first, stack.norm is not None) for stack in (module.encoder, module.decoder)]
     return next((f"{name} is {theirs} there and {ours} here" for name, ours, theirs in facts if ours != theirs), None)
 
@@ -466,13 +468,14 @@ class Cache:
 
     All memory is allocated here, once. The N hypotheses (beams) of a sentence share it: they are N queries in the place
     where training has T, so cross-attention needs no copy of the memory for each. In self-attention each step
-    writes its N keys side by side, (B, H, L·N, K) in the end, and `visible` says which of them lie in a hypothesis's own
-    past. When beams are re-ordered, only that small table of booleans moves; keys and values stay where they are.
+    writes its N keys side by side, (B, H, L·N, K) in the end, and `visible` says which of them lie in a hypothesis's
+    own past. When beams are re-ordered, only that small table of booleans moves; keys and values stay where they are.
     """
 
     def __init__(self, model, memory, src, n_beams, max_len):
         # Contiguous, heads outermost: otherwise each step would copy them all once more before it multiplies.
-        self.memory_kv = [tuple(x.contiguous() for x in layer.cross_attn.keys_values(memory)) for layer in model.decoder]
+        keys_values = [layer.cross_attn.keys_values(memory) for layer in model.decoder]
+        self.memory_kv = [(k.contiguous(), v.contiguous()) for k, v in keys_values]
         self.memory_mask = (src != PAD)[:, None, None, :] if (src == PAD).any() else None
         B, (_, H, _, K) = src.size(0), self.memory_kv[0][0].shape
         empty = lambda: memory.new_empty(B, H, max_len * n_beams, K)
@@ -513,7 +516,7 @@ class Cache:
 def next_log_probs(model, tokens, cache):
     """log P of every continuation of N hypotheses a sentence, given their last tokens. (B, N) -> (B, N, V), float32"""
     cache.begin_step()
-    x = model.embed_tgt(tokens.flatten()[:, None], cache.length - 1).view(*tokens.shape, -1)    # one position, (B, N, D)
+    x = model.embed_tgt(tokens.flatten()[:, None], cache.length - 1).view(*tokens.shape, -1)    # (B, N, D)
     for i, layer in enumerate(model.decoder):
         x = layer.step(x, cache, i)                                     # (B, N, D)
     return model.logits(model.decoder_norm(x)).log_softmax(-1, dtype=torch.float32)     # (B, N, V)
@@ -523,7 +526,7 @@ def next_log_probs(model, tokens, cache):
 def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_len=0, n_best=1):
     """The best translations a beam can find. §6.1, with the length penalty of GNMT (Wu et al., 2016, Eq. 14).
 
-    src: (B, S) ids. Returns ids (B, L) int64 without BOS, each row ending with EOS and then PAD, and scores (B,) float32:
+    src: (B, S) ids. Returns ids (B, L) int64 without BOS, each row ending with EOS and then PAD, and (B,) float32 scores:
     log P(ids | src) / ((5 + n) / 6)^length_penalty, where n counts the ids, EOS included. With n_best > 1 both get
     an axis after the first, best first: (B, n_best, L) and (B, n_best), rows of PAD with score -inf where the beam
     found fewer. max_len and min_len count ids, EOS included; max_len=None is the paper's limit, source length + 50.
@@ -537,7 +540,7 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
     training, device = model.training, src.device
     model.eval()
     B, N, V = src.size(0), beam_size, model.config.vocab_size
-    n_src = (src != PAD).sum(1)                                         # the limit is each sentence's own, not the batch's
+    n_src = (src != PAD).sum(1)                                         # each sentence has a limit of its own
     limit = (n_src + 50).clamp(min=min_len) if max_len is None else torch.full_like(n_src, max_len)
     limits = set(limit.tolist())
     longest = max(limits, default=0)
@@ -584,7 +587,7 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             cache.reorder(parent)
 
         # log P only falls. Divided by the largest penalty still to come, it bounds what a growing hypothesis can reach.
-        bound = logp[:, 0] / torch.maximum(penalty(limit.float()), torch.full_like(limit, penalty(n + 1), dtype=torch.float32))
+        bound = logp[:, 0] / penalty(limit.float()).clamp(min=penalty(n + 1))
         done = best_scores[:, -1] >= bound
         if N == 1:
             done |= ends[:, 0]
@@ -615,6 +618,7 @@ import difflib
 import heapq
 import io
 import os
+import random
 import re
 import select
 import sys
@@ -648,7 +652,7 @@ class Tokenizer:
                 raise ValueError(f"merge {i} joins ids {a} and {b}, expected ids from 3 to {len(self.bytes) - 1}")
             self.bytes.append(self.bytes[a] + self.bytes[b])
             if len(self.bytes[-1]) > self.MAX_BYTES:                    # else 60 merges in a bad file fill any memory
-                raise ValueError(f"merge {i} makes {len(self.bytes[-1])} bytes, but no word is longer than {self.MAX_BYTES}")
+                raise ValueError(f"merge {i} makes {len(self.bytes[-1])} bytes, expected {self.MAX_BYTES} at most")
         self.rank = {pair: self.N_SPECIAL + 256 + i for i, pair in enumerate(self.merges)}
         self.cache = {}                                                 # word -> its ids: text repeats its words
 
@@ -716,25 +720,35 @@ class Tokenizer:
                 heapq.heappush(heap, (-total[fresh], fresh))
         return cls(merges)
 
+    def split(self, word, dropout=0.0):
+        """The ids of one word: its bytes, joined by the earliest-learned merge that fits until none does.
+
+        dropout is the probability of passing over a merge: the same word comes out in other pieces each time, so a
+        model in training can't learn its few words by heart, but sees what they are made of (Provilkov et al., 2020).
+        """
+        ids = [b + self.N_SPECIAL for b in word.encode("utf-8", "surrogatepass")]
+        while len(ids) > 1:
+            pairs = [p for p in zip(ids, ids[1:]) if p in self.rank and (not dropout or random.random() >= dropout)]
+            if not pairs:
+                break
+            pair = min(pairs, key=self.rank.get)
+            ids = merge(ids, pair, self.rank[pair])
+        return ids
+
     def encode(self, text):
         """str -> list of ids, without BOS or EOS."""
         ids = []
         for word in self.words(text):
             piece = self.cache.get(word)
             if piece is None:
-                piece = [b + self.N_SPECIAL for b in word.encode("utf-8", "surrogatepass")]
-                while len(piece) > 1:                                   # apply the earliest-learned merge that fits
-                    pair = min(zip(piece, piece[1:]), key=lambda p: self.rank.get(p, math.inf))
-                    if pair not in self.rank:
-                        break
-                    piece = merge(piece, pair, self.rank[pair])
+                piece = self.split(word)
                 if len(self.cache) < 1_000_000:
                     self.cache[word] = piece
             ids.extend(piece)
         return ids
 
     def decode(self, ids):
-        """List of ids -> str. Special ids have no text; bytes that are not UTF-8 (a model can write such) become U+FFFD."""
+        """List of ids -> str. Special ids have no text; bytes that are no UTF-8 (a model can write such) become U+FFFD."""
         if not all(0 <= i < len(self.bytes) for i in ids):
             raise ValueError(f"expected ids from 0 to {len(self.bytes) - 1}, got {min(ids)} to {max(ids)}")
         data = b"".join([self.bytes[i] for i in ids]).removeprefix(b" ")
@@ -806,7 +820,7 @@ def read_checkpoint(path):
 
 
 def load(path, device="cpu"):
-    """Reads what `save` wrote. -> (model in eval mode, tokenizer or None). Raises ValueError in one line if it can't."""
+    """Reads what `save` wrote. -> (model in eval mode, tokenizer or None). Raises ValueError, one line, if it can't."""
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
@@ -823,7 +837,8 @@ def load(path, device="cpu"):
         model.requires_grad_(True)
         tokenizer = None if checkpoint["merges"] is None else Tokenizer(checkpoint["merges"].tolist())
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: its config and weights don't fit this transformer.py: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: its config and weights don't fit this transformer.py: {reason}") from None
     return model.to(device).eval(), tokenizer
 
 
@@ -852,7 +867,7 @@ def keep_freed_memory():
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)                                            # M_MMAP_THRESHOLD: smaller ones come from the heap
+        mallopt(-3, 1 << 30)                                            # M_MMAP_THRESHOLD: smaller ones go to the heap
         mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD: and the heap never shrinks
     except (OSError, AttributeError, TypeError):
         pass
@@ -866,13 +881,15 @@ def translate(model, tokenizer, lines, beam_size=4, length_penalty=0.6, batch_to
     """
     device = next(model.parameters()).device
     # No id covers more than a word, so what lies beyond max_src words need not be looked at.
-    sources = {i: tokenizer.encode(line[:40 * max_src])[:max_src] + [EOS] for i, line in enumerate(lines) if line.strip()}
+    encode = lambda line: tokenizer.encode(line[:40 * max_src])[:max_src] + [EOS]
+    sources = {i: encode(line) for i, line in enumerate(lines) if line.strip()}
     results = [[("", 0.0)] * n_best for _ in lines]
     order = sorted(sources, key=lambda i: -len(sources[i]))             # longest first: too little memory shows at once
     while order:
         n = max(1, batch_tokens // len(sources[order[0]]))
         batch, order = order[:n], order[n:]
-        ids, scores = beam_search(model, pad_rows([sources[i] for i in batch], device), beam_size, length_penalty, n_best=n_best)
+        src = pad_rows([sources[i] for i in batch], device)
+        ids, scores = beam_search(model, src, beam_size, length_penalty, n_best=n_best)
         for i, rows, values in zip(batch, ids.view(len(batch), n_best, -1).tolist(), scores.view(-1, n_best).tolist()):
             results[i] = [(" ".join(tokenizer.decode(row).splitlines()), value) for row, value in zip(rows, values)]
     return results
@@ -969,7 +986,8 @@ def tour():
             assert ids[b].tolist()[:len(slow) - 1] == slow[1:]
         print("  the cache changes nothing but the time")
         with torch.device("meta"):
-            sizes = {name: sum(p.numel() for p in Transformer(c).parameters()) for name, c in (("base", BASE), ("big", BIG))}
+            count = lambda config: sum(p.numel() for p in Transformer(config).parameters())
+            sizes = {"base": count(BASE), "big": count(BIG)}
         assert sizes == {"base": 63_045_632, "big": 214_171_648}, sizes
         print("  " + ", ".join(f"{name}: {n:,} parameters" for name, n in sizes.items()))
     print("\nAll of it holds. Next: python train.py")
@@ -985,11 +1003,16 @@ def fail(message):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="transformer.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description=__doc__.split("Read it")[0])
+    parser = argparse.ArgumentParser(prog="transformer.py", allow_abbrev=False, description=__doc__.split("Read it")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
+    def true_or_false(value):
+        if value not in ("True", "False"):
+            raise ValueError
+        return value == "True"
+
     option = lambda name, default, what: parser.add_argument(
-        "--" + name, default=default, type=type(default) if type(default) is not bool else lambda s: {"True": True, "False": False}[s],
+        "--" + name, default=default, type=true_or_false if default is False else type(default),
         help=f"{what} (default: {default})")
     option("checkpoint", "", "a file that train.py wrote; without it, the tour")
     option("beam_size", 4, "hypotheses kept for each sentence; 1 is greedy")
@@ -1023,7 +1046,7 @@ def main():
 
     keep_freed_memory()
     n_lines = 0
-    # Line by line, so that whoever kills this finds whole lines; "?" for what is not text (a model can write such bytes).
+    # Line by line, so that whoever kills this finds whole lines. "?" is what can't be written in UTF-8.
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     try:
         for lines in read_windows(sys.stdin.buffer):
