@@ -18,7 +18,7 @@ steps = 8                   # timed steps; the median counts
 decode_batch = 32           # sentences decoded together
 decode_len = 32             # ids decoded for each
 device = "auto"             # cpu or cuda; auto: cuda where there is one
-dtype = "auto"              # bfloat16 or float32; auto: bfloat16 where the hardware has it
+dtype = "auto"              # bfloat16 or float32; auto: bfloat16 where the hardware has it and the model is not tiny
 plan = False                # True: measures this machine and says what a run would cost, on as many of it
 plan_tokens = 5e9           # source and target ids the run reads, all epochs together; the paper's: 100,000 x 50,000
 plan_devices = 1            # devices like this one; gradients are summed over them once a step
@@ -123,8 +123,9 @@ def main():
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()                                 # torch.nn.Transformer gains by it as well
     torch._dynamo.config.optimize_ddp = False
-    low = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and has_bfloat16(dev) else torch.float32
     D, FF, H, N = SIZES[size]
+    wide = cuda or D >= 128                             # as in train.py: narrow matrices don't win back the casts
+    low = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and has_bfloat16(dev) and wide else torch.float32
     config = Config(vocab_size, d_model=D, d_ff=FF, n_heads=H, n_encoder_layers=N, n_decoder_layers=N, norm_first=True)
     rate = matmul_rate(dev, low)
 

@@ -62,7 +62,7 @@ resume = False              # continue from out_dir/last.pt
 # With --src, these take the place of what the command line leaves open: the first row whose size, in MB of text on both
 # sides, is not below that of the corpus. A small corpus needs a small model, much dropout and many epochs.
 SMALL = dict(n_encoder_layers=4, n_decoder_layers=4, norm_first=True, batch_tokens=4096, max_steps=0, muon=1e-2,
-             warmup_steps=200, eval_interval=500, checkpoint_interval=500)
+             warmup_steps=200, eval_interval=500, checkpoint_interval=500, patience=5)
 RECIPES = {
     2: dict(SMALL, vocab_size=3000, d_model=128, d_ff=256, dropout=0.3, epochs=40.0),                  # 15,000 pairs
     15: dict(SMALL, vocab_size=5000, d_model=128, d_ff=256, dropout=0.2, epochs=24.0),                 # 100,000
@@ -411,11 +411,16 @@ class Loss(nn.Module):
         for seed in self.seeds:
             seed.random_()
         tgt_in, tgt_out = tgt[:, :-1], tgt[:, 1:]                       # each position predicts the next one
-        return self.score(self.model.decode(tgt_in, self.model.encode(src), src), tgt_out.flatten())
+        states = self.model.decode(tgt_in, self.model.encode(src), src).flatten(0, 1)
+        tgt_out = tgt_out.flatten()
+        if not states.is_cuda:      # padding needs no logits; but to count it on a GPU would be to wait for it
+            real = (tgt_out != PAD).nonzero().flatten()
+            states, tgt_out = states.index_select(0, real), tgt_out[real]
+        return self.score(states, tgt_out)
 
     def score(self, states, tgt_out):
-        """(B, T, D), (B·T,) -> the two sums. With x the logits, -log p of word y is logsumexp(x) - x_y."""
-        x = self.model.logits(states).flatten(0, 1).float()             # (B·T, V): most of a small model's memory
+        """(n, D), (n,) -> the two sums. With x the logits, -log p of word y is logsumexp(x) - x_y."""
+        x = self.model.logits(states).float()                           # (n, V): most of a small model's memory
         true = torch.arange(x.size(1), device=x.device) == tgt_out[:, None]
         total = x.logsumexp(-1)
         nll = total - torch.where(true, x, 0.0).sum(-1)                 # a gather's gradient is a scatter: 10% of a step
@@ -715,6 +720,8 @@ def main():
     if progress["step"]:
         say(f"resumed   from {last}, after step {progress['step']:,}")
 
+    bleu_words = str.split if bleu_tokenize == "none" else tokenize_13a
+
     # ---- what happens between the steps; none of it changes what is learnt ----------
     def record(**values):
         """One line of log.jsonl."""
@@ -755,13 +762,17 @@ def main():
         if rank == 0:
             model.eval()
             torch.compiler.set_stance("force_eager")    # what runs once in a while is not worth compiling
-            nll = validation_nll()
-            say(f"step {progress['step']:6d}  validation nll {nll:.4f}  ppl {math.exp(min(nll, 50)):.2f}")
-            record(val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
-            if val_text:
-                picks = (0, len(val_text[0]) // 2)
-                for i, out in zip(picks, translate(model, tokenizer, [val_text[0][i] for i in picks], beam_size=1)):
-                    say(f"    source  {val_text[0][i]}\n    model   {out[0][0]}\n    truth   {val_text[1][i]}")
+            nll, samples = validation_nll(), ""
+            values = dict(val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
+            if val_text:                                # greedy, and not all of a long file: this is to watch, not to report
+                sources, truths = (side[:500] for side in val_text)
+                out = [best[0][0] for best in translate(model, tokenizer, sources, beam_size=1)]
+                values["val_bleu"] = bleu(out, truths, bleu_words)
+                for i in {0, len(out) // 2}:
+                    samples += f"\n    source  {sources[i]}\n    model   {out[i]}\n    truth   {truths[i]}"
+            record(**values)
+            say(f"step {progress['step']:6d}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()) + samples,
+                flush=True)
             progress["n_worse"] += 1
             if nll < progress["best_nll"]:
                 progress.update(best_nll=nll, n_worse=0)
@@ -877,7 +888,7 @@ def main():
         if val_text:
             model.to(getattr(torch, amp))
             out = [best[0][0] for best in translate(model, tokenizer, val_text[0], beam_size, length_penalty)]
-            score = bleu(out, val_text[1], str.split if bleu_tokenize == "none" else tokenize_13a)
+            score = bleu(out, val_text[1], bleu_words)
             say(f"validation BLEU {score:.2f} (tokenizer {bleu_tokenize}, beam {beam_size}, "
                 f"length penalty {length_penalty})")
             record(bleu=score)
