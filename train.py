@@ -64,8 +64,8 @@ resume = False              # continue from out_dir/last.pt
 SMALL = dict(n_encoder_layers=4, n_decoder_layers=4, norm_first=True, batch_tokens=4096, max_steps=0, muon=1e-2,
              warmup_steps=200, eval_interval=500, checkpoint_interval=500, patience=5)
 RECIPES = {
-    2: dict(SMALL, vocab_size=3000, d_model=128, d_ff=256, dropout=0.3, epochs=40.0),                  # 15,000 pairs
-    15: dict(SMALL, vocab_size=5000, d_model=128, d_ff=256, dropout=0.2, epochs=24.0),                 # 100,000
+    2: dict(SMALL, vocab_size=3000, d_model=128, d_ff=256, dropout=0.3, epochs=50.0),                  # 15,000 pairs
+    15: dict(SMALL, vocab_size=5000, d_model=128, d_ff=256, dropout=0.3, epochs=36.0),                 # 100,000
     100: dict(SMALL, vocab_size=10000, d_model=256, d_ff=1024, dropout=0.2, epochs=20.0,
               learning_rate=2e-3),                                                                     # 700,000
     600: dict(SMALL, vocab_size=32000, d_model=512, d_ff=2048, n_heads=8, n_encoder_layers=6, n_decoder_layers=6,
@@ -540,7 +540,7 @@ def fresh_store(rank, world):
     torchrun keeps its store over restarts, with the addresses of the dead in it: to call one of those is to hang. So
     each process sends a greeting that no dead one can have sent, and rank 0 answers with the name of a new corner.
     """
-    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(minutes=5)))
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(minutes=2)))
     me = uuid.uuid4().hex
     if rank:
         store.set(f"greeting {rank}", me)
@@ -635,7 +635,7 @@ def main():
     optimizers = [torch.optim.Adam([w for w in model.parameters() if id(w) not in taken], betas=(0.9, 0.98), eps=1e-9,
                                    fused=dev.type in ("cpu", "cuda"))]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
 
     # Narrow matrices don't win back the casts to bfloat16; a GPU without it has float16, which needs its loss scaled.
     amp = dtype if dtype != "auto" else "bfloat16" if has_bfloat16(dev) and (cuda or d_model >= 128) else \
@@ -959,7 +959,7 @@ if __name__ == "__main__":
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             fail(f"out of memory: lower --batch_tokens={batch_tokens} and raise --accumulate={accumulate} to make up")
         # The other processes are gone, or can't be reached any more.
-        if not dist.is_initialized() or not re.search("gloo|NCCL|onnection|imed out|ocket|store", str(error)):
+        if "RANK" not in os.environ or not re.search("gloo|NCCL|onnection|imed out|ocket|store", str(error)):
             raise
         fail(f"rank {os.environ['RANK']} lost the other processes ({str(error).splitlines()[0][:200]}); "
              f"start all of them again with --resume=True")
