@@ -274,7 +274,7 @@ def test_log_probs_and_maps():
 def test_learned_positions_untied_output_and_own_source_vocabulary():
     model = small(learned_positions=9, tied_output=False, src_vocab_size=40)
     assert model(torch.randint(3, 40, (2, 9)), torch.randint(3, 13, (2, 4))).shape == (2, 4, 13)
-    with pytest.raises(ValueError, match="learned 9"):
+    with pytest.raises(ValueError, match="at most the 9 positions learned, got 10"):
         model.encode(torch.full((1, 10), 3))
 
 
