@@ -4,7 +4,7 @@ What you need to believe the numbers: this model and torch.nn.Transformer, on th
     python bench.py                                   # a small model, about two minutes on two CPU cores
     python bench.py --size=base --batch=32            # the paper's base model
     torchrun --nproc_per_node=2 bench.py              # adds what a second process brings
-    python bench.py --plan=True --size=base --vocab_size=37000 --plan_tokens=5e9 --plan_devices=8    # what would it cost?
+    python bench.py --plan=True --size=base --vocab_size=37000 --plan_tokens=5e9 --plan_devices=8  # what would it cost?
 
 Prints a table for people and, as the last line, one JSON object for programs. Tokens are real: padding is not counted.
 """
@@ -171,8 +171,8 @@ def main():
               f"{1 - n_tokens / 2 / real.numel():.0%} padding\n{dev} ({gpu}), torch {torch.__version__}, "
               f"{rate / 1e12:.3f} TFLOP/s in {half} matrix products, world {world}\n")
 
-    result = {"size": size, "device": str(dev), "torch": torch.__version__, "world": world, "matmul_tflops": rate / 1e12,
-              "rows": rows}
+    result = {"size": size, "device": str(dev), "torch": torch.__version__, "world": world,
+              "matmul_tflops": rate / 1e12, "rows": rows}
     torch.manual_seed(seed)
     model = Transformer(config).to(dev)
     if world > 1:
@@ -197,10 +197,11 @@ def main():
         cost = {"parameters": n, "flops": step_flops / n_tokens * plan_tokens, "hours": hours, "model_pt_bytes": 4 * n,
                 "last_pt_bytes": 12 * n, "state_bytes_per_device": 16 * n, "measured_peak_bytes": peak,
                 "all_reduce_bytes_per_step": 4 * n if plan_devices > 1 else 0}
-        print(f"\n{plan_tokens:,.0f} ids on {plan_devices} such device{'s' * (plan_devices > 1)}, if the wires keep up:\n"
+        print(f"\n{plan_tokens:,.0f} ids on {plan_devices} such device{'s' * (plan_devices > 1)}, if wires keep up:\n"
               f"  {n:,} parameters, {cost['flops']:.3g} FLOPs, {hours:,.1f} hours\n"
               f"  model.pt {4 * n / 1e6:,.0f} MB, last.pt {12 * n / 1e6:,.0f} MB (weights and Adam's two moments)\n"
-              f"  memory: {16 * n / 1e9:.2f} GB a device for weights, gradients and moments; {peak / 1e9:.2f} GB in all here\n"
+              f"  memory: {16 * n / 1e9:.2f} GB a device for weights, gradients and moments; "
+              f"{peak / 1e9:.2f} GB in all here\n"
               f"  all-reduce: {cost['all_reduce_bytes_per_step'] / 1e6:,.0f} MB a step")
         result |= cost
     else:

@@ -566,15 +566,6 @@ def test_translator_mistakes_cost_one_line(toy, tmp_path, mistake):
     one_line_error(run("transformer.py", "--nonsense"))                 # and for once as a user would
 
 
-def test_bpe_dropout_passes_over_merges():
-    tokenizer = Tokenizer.train(["a banana and a bandana"] * 9, 275)
-    whole, bare = tokenizer.encode("banana"), [b + 3 for b in b" banana"]
-    assert tokenizer.split(" banana") == whole and tokenizer.split(" banana", 0.999999) == bare
-    seen = {tuple(tokenizer.split(" banana", 0.4)) for _ in range(100)}
-    assert len(seen) > 3 and {tokenizer.decode(list(ids)) for ids in seen} == {"banana"}
-    assert tokenizer.encode("banana") == whole                          # translating never drops
-
-
 # ---- training: settings -----------------------------------------------------------
 
 def test_overrides(capsys):
@@ -674,18 +665,6 @@ def random_corpus(n=3000):
     rng = np.random.default_rng(SEED)
     lengths = np.clip(rng.gamma(6, 2, n).astype(int), 1, 60)
     return T.Corpus.of([[3] * k for k in lengths], [[4] * max(1, int(k * f)) for k, f in zip(lengths, rng.uniform(0.7, 1.4, n))])
-
-
-def test_copies_are_other_splits_of_the_same_text(tmp_path, settings, capsys):
-    src, tgt = write_corpus(tmp_path, 50)
-    settings(src=src, tgt=tgt, vocab_size=290, bpe_dropout=0.3, copies=3)
-    corpus, tokenizer, _ = T.prepare(str(tmp_path / "data"))
-    lines, rows = list(T.read_lines(src)), np.split(corpus.src[0], corpus.src[1][1:-1])
-    assert len(corpus) == 150 and [tokenizer.decode(row.tolist()) for row in rows] == [x for x in lines for _ in range(3)]
-    assert all(rows[3 * i].tolist() == tokenizer.encode(line) for i, line in enumerate(lines))
-    assert sum(a.tolist() != b.tolist() for a, b in zip(rows[1::3], rows[2::3])) > 25
-    again, _, _ = T.prepare(str(tmp_path / "again"))
-    assert np.array_equal(again.src[0], corpus.src[0])
 
 
 def test_batches_hold_every_pair_once_and_little_padding(settings):

@@ -20,8 +20,6 @@ out_dir = "out"             # everything this run writes goes here
 # text
 vocab_size = 11             # ids, both languages together; on text: 3 specials, 256 bytes, and merges
 max_len = 256               # ids; pairs with a longer side are left out of training, and counted
-bpe_dropout = 0.0           # probability of passing over a merge, in the copies
-copies = 1                  # times each pair goes into the training data; all but the first with bpe_dropout
 max_ratio = 5.0             # a pair is left out if one side is more than this many times the other, plus 5 ids
 bleu_tokenize = "13a"       # how BLEU splits words: 13a, sacreBLEU's default, or none for text that is split already
 # model: as in transformer.Config
@@ -77,7 +75,7 @@ RECIPES = {
 }
 # The model and its data: what a resumed run must not change.
 FIXED = """vocab_size d_model d_ff n_heads n_encoder_layers n_decoder_layers norm_first batch_tokens accumulate seed
-    src tgt max_len max_ratio bpe_dropout copies""".split()
+    src tgt max_len max_ratio""".split()
 
 import difflib
 import os
@@ -131,7 +129,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import random
 import shutil
 import signal
 import uuid
@@ -220,17 +217,6 @@ def count_words(pairs):
 def encode_pairs(pairs):
     """Second pass: [source ids, target ids] of the pairs fit for training, and counts of the others by reason."""
     kept, skipped = [], Counter(empty=0, too_long=0, ratio=0)
-    random.seed(zlib.crc32(str(pairs[0]).encode("utf-8", "replace")))   # the same pieces whoever works on this part
-    splits = {}                                         # word -> a few ways to split it: drawing from them is faster
-
-    def encode(line):
-        ids = []
-        for word in Tokenizer.words(line):
-            if word not in splits:
-                splits[word] = [prepare.tokenizer.split(word, bpe_dropout) for _ in range(copies)]
-            ids += random.choice(splits[word])
-        return ids
-
     for x, y in pairs:
         if not x.strip() or not y.strip():
             skipped["empty"] += 1
@@ -244,7 +230,7 @@ def encode_pairs(pairs):
             elif long > max_ratio * short + 5:
                 skipped["ratio"] += 1
             else:
-                kept += [(a, b)] + [(encode(x)[:max_len - 1], encode(y)[:max_len - 1]) for _ in range(copies - 1)]
+                kept.append((a, b))
     kind = np.uint16 if vocab_size <= 1 << 16 else np.uint32            # ids above 65,535 don't fit two bytes
     sides = [(np.array([i for row in rows for i in row], kind), np.array([len(row) for row in rows], np.int64))
              for rows in (zip(*kept) if kept else ((), ()))]
@@ -270,7 +256,7 @@ def prepare(folder):
     nor the ids have to fit in memory. -> (Corpus on disk, Tokenizer, counts of the pairs left out)
     """
     stats = [os.stat(path) for path in (src, tgt)]
-    made_from = [vocab_size, max_len, max_ratio, bpe_dropout, copies, [[s.st_size, s.st_mtime_ns] for s in stats],
+    made_from = [vocab_size, max_len, max_ratio, [[s.st_size, s.st_mtime_ns] for s in stats],
                  os.path.abspath(src), os.path.abspath(tgt)]
     index, names = os.path.join(folder, "index.json"), [os.path.join(folder, name) for name in ("src", "tgt")]
     sizes = lambda: [os.path.getsize(name + kind) for name in names for kind in (".ids", ".lengths")]
@@ -423,7 +409,7 @@ class Loss(nn.Module):
         x = self.model.logits(states).float()                           # (n, V): most of a small model's memory
         true = torch.arange(x.size(1), device=x.device) == tgt_out[:, None]
         total = x.logsumexp(-1)
-        nll = total - torch.where(true, x, 0.0).sum(-1)                 # a gather's gradient is a scatter: 10% of a step
+        nll = total - torch.where(true, x, 0.0).sum(-1)                # a gather's gradient is a scatter: 10% of a step
         smoothed = (1 - self.label_smoothing) * nll + self.label_smoothing * (total - x.mean(-1))
         real = tgt_out != PAD
         return (smoothed * real).sum(), (nll * real).sum()
@@ -616,8 +602,7 @@ def main():
     except (OSError, ValueError) as error:
         stop(str(error))
     batches, plan = Batches(corpus, seed), plan_epoch(corpus, 0, seed)
-    steps_per_pass = len(plan) / (world * accumulate)   # over all copies
-    steps_per_epoch = steps_per_pass / copies
+    steps_per_epoch = len(plan) / (world * accumulate)
     globals()["max_steps"] = max_steps or max(1, round(epochs * steps_per_epoch))
 
     # ---- model and optimizers -------------------------------------------------------
@@ -647,7 +632,7 @@ def main():
     real = int(corpus.n_src.sum()) + len(corpus), int(corpus.n_tgt.sum()) + len(corpus)
     padding = 1 - sum(real) / sum(len(rows) * (S + T) for rows, S, T in plan)
     id_flops = flops(config, *real, real[0] / len(corpus), real[1] / len(corpus)) / sum(real)
-    run_flops = id_flops * sum(real) / steps_per_pass * max_steps
+    run_flops = id_flops * sum(real) / steps_per_epoch * max_steps
     peak = matmul_rate(dev, getattr(torch, amp)) * world
     estimate = run_flops / (0.35 * peak)
     compiled = compile == "True" or compile == "auto" and estimate > 120
@@ -694,7 +679,7 @@ def main():
             totals.copy_(mine)
         except Exception as error:      # a damaged or foreign file fails in more ways than can be named
             stop(f"{last} can't be resumed from: {(str(error) or type(error).__name__).splitlines()[0]}")
-    if rank == 0:                       # what the log tells of steps to come goes, in one cut: no kill loses other lines
+    if rank == 0:                       # the log's lines on steps to come go, in one cut: no kill loses other lines
         n_bytes = 0
         with open(log_path, "rb") as f:
             for line in f:
@@ -713,9 +698,9 @@ def main():
     say(f"machine   {world} x {where}, torch {torch.__version__}, {amp}, {'' if compiled else 'not '}compiled, "
         f"{peak / 1e12:.3g} TFLOP/s in matrix products")
     say(f"model     {sum(p.numel() for p in model.parameters()):,} parameters")
-    say(f"data      {len(corpus) // copies:,} pairs{f', {copies} copies of each' * (copies > 1)}, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
+    say(f"data      {len(corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
         + (", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"))
-    say(f"run       {max_steps:,} steps of about {sum(real) / steps_per_pass:,.0f} ids, {steps_per_epoch:.1f} steps an "
+    say(f"run       {max_steps:,} steps of about {sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps an "
         f"epoch, {run_flops:.2g} FLOPs, about {clock(estimate)}{' and a minute to compile' * compiled}", flush=True)
     if progress["step"]:
         say(f"resumed   from {last}, after step {progress['step']:,}")
@@ -743,9 +728,9 @@ def main():
                           mfu=n_ids / seconds * id_flops / peak)
             record(**values)
             left = clock((max_steps - step) * seconds / log_interval)
-            say("step {:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {perplexity:8.2f}  lr {learning_rate:.2e}  "
-                "norm {grad_norm:.2f}  {tokens_per_second:,.0f} ids/s  mfu {mfu:.0%}  left {}".format(step, left, **values),
-                flush=True)
+            line = ("step {:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {perplexity:8.2f}  lr {learning_rate:.2e}  "
+                    "norm {grad_norm:.2f}  {tokens_per_second:,.0f} ids/s  mfu {mfu:.0%}  left {}")
+            say(line.format(step, left, **values), flush=True)
 
     def validation_nll():
         """Mean negative log-likelihood of a target id of the validation set."""
@@ -764,15 +749,15 @@ def main():
             torch.compiler.set_stance("force_eager")    # what runs once in a while is not worth compiling
             nll, samples = validation_nll(), ""
             values = dict(val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
-            if val_text:                                # greedy, and not all of a long file: this is to watch, not to report
+            if val_text:                                # greedy, and not all of a long file: to watch, not to report
                 sources, truths = (side[:500] for side in val_text)
                 out = [best[0][0] for best in translate(model, tokenizer, sources, beam_size=1)]
                 values["val_bleu"] = bleu(out, truths, bleu_words)
                 for i in {0, len(out) // 2}:
                     samples += f"\n    source  {sources[i]}\n    model   {out[i]}\n    truth   {truths[i]}"
             record(**values)
-            say(f"step {progress['step']:6d}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()) + samples,
-                flush=True)
+            scores = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            say(f"step {progress['step']:6d}  {scores}{samples}", flush=True)
             progress["n_worse"] += 1
             if nll < progress["best_nll"]:
                 progress.update(best_nll=nll, n_worse=0)
@@ -923,13 +908,12 @@ def check_settings(stop):
             found = "another thing" if os.path.exists(path) else "nothing there"
             stop(f"--{name}={path}: expected a text file, found {found}")
     for name, low in dict(batch_tokens=1, accumulate=1, log_interval=1, eval_interval=1, checkpoint_interval=1,
-                          average_last=1, copies=1, patience=0, muon=0, beam_size=1, warmup_steps=1, max_len=1, max_steps=0,
-                          epochs=0, learning_rate=0, grad_clip=0, max_ratio=0, seed=0).items():
+                          average_last=1, beam_size=1, warmup_steps=1, max_len=1, max_steps=0, epochs=0,
+                          learning_rate=0, muon=0, grad_clip=0, max_ratio=0, patience=0, seed=0).items():
         if not low <= globals()[name] < math.inf:
             stop(f"--{name} must be at least {low}, got {globals()[name]}")
-    for name in ("label_smoothing", "bpe_dropout"):
-        if not 0 <= globals()[name] < 1:
-            stop(f"--{name} must lie in [0, 1), got {globals()[name]}")
+    if not 0 <= label_smoothing < 1:
+        stop(f"--label_smoothing must lie in [0, 1), got {label_smoothing}")
     if not max_steps and not epochs:
         stop("--max_steps and --epochs are both 0: nothing to do")
     for name, options in dict(decay=("inverse_sqrt", "linear"), compile=("auto", "True", "False"),

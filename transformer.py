@@ -77,8 +77,8 @@ class Config:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.vocab_size <= EOS or 0 < self.src_vocab_size <= EOS:
-            raise ValueError(f"a vocabulary needs more than the {EOS + 1} special ids, got vocab_size={self.vocab_size} "
-                             f"and src_vocab_size={self.src_vocab_size}")
+            raise ValueError(f"a vocabulary needs more than the {EOS + 1} special ids, got "
+                             f"vocab_size={self.vocab_size} and src_vocab_size={self.src_vocab_size}")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model must be divisible by n_heads, got {self.d_model} and {self.n_heads}")
         if self.d_model % 2:
@@ -332,11 +332,12 @@ class Transformer(nn.Module):
 
     def embed(self, ids, embedding, positions, start=0):
         """Embedding · √D + position, then dropout. §3.4, §3.5. (B, T) -> (B, T, D)"""
-        place = torch.arange(start, start + ids.size(1), device=ids.device)
+        end = start + ids.size(1)
+        place = torch.arange(start, end, device=ids.device)
         if positions is None:
             encoding = sinusoids(place, self.config.d_model)
-        elif start + ids.size(1) > positions.num_embeddings:
-            raise ValueError(f"expected at most the {positions.num_embeddings} positions learned, got {start + ids.size(1)}")
+        elif end > positions.num_embeddings:
+            raise ValueError(f"expected at most the {positions.num_embeddings} positions learned, got {end}")
         else:
             encoding = positions(place)
         x = embedding(ids) * math.sqrt(self.config.d_model)
@@ -483,9 +484,10 @@ def packed(model):
 
     The copies share all other parameters with the model. One to two times faster steps, for the time of one step.
     """
-    weight = model.output.weight
-    can = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight.is_cuda or not (can and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
+    weight, kinds = model.output.weight, [torch.float32]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        kinds.append(torch.bfloat16)
+    if weight.device.type != "cpu" or weight.dtype not in kinds or "AVX" not in torch.backends.cpu.get_cpu_capability():
         return model.decoder, model.output
     # deepcopy takes from this table, by identity, what it is not to copy.
     instead = {id(w): w for w in model.parameters()}
@@ -559,7 +561,7 @@ def next_log_probs(model, tokens, cache):
 def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_len=0, n_best=1):
     """The best translations a beam can find. §6.1, with the length penalty of GNMT (Wu et al., 2016, Eq. 14).
 
-    src: (B, S) ids. Returns ids (B, L) int64 without BOS, each row ending with EOS and then PAD, and (B,) float32 scores:
+    src: (B, S) ids. Returns (B, L) int64 ids without BOS, each row ending with EOS, then PAD, and (B,) float32 scores,
     log P(ids | src) / ((5 + n) / 6)^length_penalty, where n counts the ids, EOS included. With n_best > 1 both get
     an axis after the first, best first: (B, n_best, L) and (B, n_best), rows of PAD with score -inf where the beam
     found fewer. max_len and min_len count ids, EOS included; max_len=None is the paper's limit, source length + 50.
@@ -651,7 +653,6 @@ import difflib
 import heapq
 import io
 import os
-import random
 import re
 import select
 import sys
@@ -753,35 +754,23 @@ class Tokenizer:
                 heapq.heappush(heap, (-total[fresh], fresh))
         return cls(merges)
 
-    def split(self, word, dropout=0.0):
-        """The ids of one word: its bytes, joined by the earliest-learned merge that fits until none does.
-
-        dropout is the probability of passing over a merge: the same word comes out in other pieces each time, so a
-        model in training can't learn its few words by heart, but sees what they are made of (Provilkov et al., 2020).
-        """
-        ids = [b + self.N_SPECIAL for b in word.encode("utf-8", "surrogatepass")]
-        while len(ids) > 1:
-            pairs = [p for p in zip(ids, ids[1:]) if p in self.rank and (not dropout or random.random() >= dropout)]
-            if not pairs:
-                break
-            pair = min(pairs, key=self.rank.get)
-            ids = merge(ids, pair, self.rank[pair])
-        return ids
-
     def encode(self, text):
-        """str -> list of ids, without BOS or EOS."""
+        """str -> list of ids, without BOS or EOS: each word's bytes, joined by the merge learnt first until none fits."""
         ids = []
         for word in self.words(text):
             piece = self.cache.get(word)
             if piece is None:
-                piece = self.split(word)
+                piece = [b + self.N_SPECIAL for b in word.encode("utf-8", "surrogatepass")]
+                while pairs := [pair for pair in zip(piece, piece[1:]) if pair in self.rank]:
+                    pair = min(pairs, key=self.rank.get)
+                    piece = merge(piece, pair, self.rank[pair])
                 if len(self.cache) < 1_000_000:
                     self.cache[word] = piece
             ids.extend(piece)
         return ids
 
     def decode(self, ids):
-        """List of ids -> str. Special ids have no text; bytes that are no UTF-8 (a model can write such) become U+FFFD."""
+        """List of ids -> str. Special ids have no text; bytes that are not UTF-8, as a model may write, are U+FFFD."""
         if not all(0 <= i < len(self.bytes) for i in ids):
             raise ValueError(f"expected ids from 0 to {len(self.bytes) - 1}, got {min(ids)} to {max(ids)}")
         data = b"".join([self.bytes[i] for i in ids]).removeprefix(b" ")
@@ -862,7 +851,7 @@ def load(path, device="cpu"):
         config = Config(**checkpoint["config"])
         if config.n_encoder_layers + config.n_decoder_layers > len(checkpoint["model"]):
             raise ValueError("the config has more layers than there are weights")
-        with torch.device("meta"):                                      # no memory is taken for sizes nobody has checked
+        with torch.device("meta"):                                     # no memory is taken for sizes nobody has checked
             model = Transformer(config)
         model.load_state_dict(checkpoint["model"], assign=True)
         if config.tied_output:
@@ -952,8 +941,8 @@ def attention_map(model, tokenizer, source, target):
 
 
 def read_windows(stream, size=4096):
-    """Lists of lines from a binary stream: all that has arrived, at most `size` lines, at least one. Never reads ahead
-    of that, so an endless input is translated as it comes. Only \\n ends a line; bytes that are not UTF-8 become U+FFFD."""
+    """Lists of lines from a binary stream: all that has arrived, at most `size` lines, at least one. Never reads
+    ahead of that, so an endless input is translated as it comes. Only \\n ends a line; bytes not UTF-8 turn U+FFFD."""
     buffer, lines, more = b"", [], True
     while more:
         block = os.read(stream.fileno(), 1 << 16)
