@@ -894,6 +894,43 @@ def test_torchrun_restarts_a_dead_rank_and_nothing_changes(tmp_path):
     same_run(tmp_path / "whole", tmp_path / "dies")
 
 
+def test_hard_a_cut_link_ends_both_sides_and_the_run_goes_on(tmp_path):
+    """Two machines, for which two network namespaces and a virtual cable between them will do."""
+    names, pid = ["a", "b"], os.getpid()
+    ip = lambda text: subprocess.run(["ip", *text.split()], check=True, capture_output=True)
+    if "HARD" not in os.environ or not shutil.which("ip") or os.geteuid():
+        pytest.skip("takes two minutes, root and iproute2: set HARD to run it")
+
+    def start(n, *args):
+        command = ["ip", "netns", "exec", f"{names[n]}{pid}", sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={n}",
+                   "--master_addr=10.77.0.1", "--master_port=29555", "train.py", f"--out_dir={tmp_path}/out", *TINY, *args]
+        return subprocess.Popen(command, cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env=dict(os.environ, GLOO_SOCKET_IFNAME="wire", OMP_NUM_THREADS="1"))
+    try:
+        for name in names:
+            ip(f"netns add {name}{pid}")
+        ip(f"link add wire netns a{pid} type veth peer name wire netns b{pid}")
+        for n, name in enumerate(names):
+            for text in (f"addr add 10.77.0.{n + 1}/24 dev wire", "link set wire up", "link set lo up"):
+                ip(f"-n {name}{pid} {text}")
+        both = [start(n, "--max_steps=100000") for n in (0, 1)]
+        for line in both[0].stdout:
+            if line.startswith("step     12"):
+                break
+        time.sleep(random.random())
+        ip(f"-n a{pid} link set wire down")
+        for process in both:
+            assert "start all of them again with --resume=True" in process.communicate(timeout=180)[1] and process.returncode
+        ip(f"-n a{pid} link set wire up")
+        step = M.read_checkpoint(f"{tmp_path}/out/last.pt")["step"] + 7
+        both = [start(n, "--resume=True", f"--max_steps={step}") for n in (0, 1)]
+        assert [process.communicate(timeout=180) and process.returncode for process in both] == [0, 0]
+        assert M.read_checkpoint(f"{tmp_path}/out/last.pt")["step"] == step
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", f"{name}{pid}"], capture_output=True)
+
+
 def test_two_runs_in_one_folder(tmp_path, mistake):
     first = subprocess.Popen([sys.executable, "train.py", f"--out_dir={tmp_path}", "--max_steps=100000", "--compile=False"], cwd=HERE, stdout=subprocess.PIPE, text=True)
     while not first.stdout.readline().startswith("run "):

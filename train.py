@@ -131,6 +131,7 @@ import math
 import multiprocessing
 import shutil
 import signal
+import threading
 import uuid
 import zlib
 from collections import Counter
@@ -544,6 +545,38 @@ def fresh_store(rank, world):
     return dist.PrefixStore(me, store)
 
 
+def on_rank_0(work, rank, group):
+    """Rank 0 does the work, which returns a whole number; the others wait for that number, as long as it takes.
+
+    But all the while they are sent signs of life. To wait without is to wait for ever when rank 0 or the wire is gone.
+    """
+    if group is None:
+        return work()
+    sign = torch.zeros(2, dtype=torch.int64)            # is it done, and the number
+    if rank:
+        while not sign[0]:
+            dist.broadcast(sign, 0, group)
+        return int(sign[1])
+    done = threading.Event()
+
+    def give_signs():
+        while not done.wait(5):
+            try:
+                dist.broadcast(sign, 0, group)
+            except RuntimeError:                        # the others are gone; the next broadcast will say so
+                return
+
+    signs = threading.Thread(target=give_signs, daemon=True)
+    signs.start()
+    try:
+        result = work()
+    finally:
+        done.set()
+    signs.join()
+    dist.broadcast(torch.tensor([1, result]), 0, group)
+    return result
+
+
 def main():
     start_time = time.time()
 
@@ -565,14 +598,12 @@ def main():
         torch.backends.cuda.enable_cudnn_sdp(False)     # its backward with a mask can give NaN on Hopper
     elif local_world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    # A process that nobody hears from for a minute is gone, and so are the others then, instead of waiting for it. Only
-    # while rank 0 prepares, validates or writes do they wait longer.
-    wait_for_all = lambda: None
+    # A process that nobody hears from for a minute is gone, and so are the others then, instead of waiting for it.
+    signs_of_life = None
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(rank, world), rank=rank, world_size=world,
                                 timeout=timedelta(seconds=60))
-        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
-        wait_for_all = lambda: dist.barrier(patient)
+        signs_of_life = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
 
@@ -585,10 +616,8 @@ def main():
             log = open(log_path, "a", encoding="utf-8")
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # held until this process ends, however it ends
         if src:
-            if rank == 0:                               # the first one works, the others find it done
-                say(f"preparing {src} and {tgt} ...", flush=True)
-                prepare(os.path.join(out_dir, "data"))
-            wait_for_all()
+            say(f"preparing {src} and {tgt} ...", flush=True)           # the first one works, the others find it done
+            on_rank_0(lambda: len(prepare(os.path.join(out_dir, "data"))[0]), rank, signs_of_life)
             corpus, tokenizer, left_out = prepare(os.path.join(out_dir, "data"))
             if val_src:
                 val_text = list(zip(*read_pairs(val_src, val_tgt)))
@@ -743,31 +772,27 @@ def main():
         return total / n
 
     def validate():
-        """Rank 0 scores the model, and writes model.pt if it is the best so far; the others wait, and hear of it."""
-        if rank == 0:
-            model.eval()
-            torch.compiler.set_stance("force_eager")    # what runs once in a while is not worth compiling
-            nll, samples = validation_nll(), ""
-            values = dict(val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
-            if val_text:                                # greedy, and not all of a long file: to watch, not to report
-                sources, truths = (side[:500] for side in val_text)
-                out = [best[0][0] for best in translate(model, tokenizer, sources, beam_size=1)]
-                values["val_bleu"] = bleu(out, truths, bleu_words)
-                for i in {0, len(out) // 2}:
-                    samples += f"\n    source  {sources[i]}\n    model   {out[i]}\n    truth   {truths[i]}"
-            record(**values)
-            scores = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            say(f"step {progress['step']:6d}  {scores}{samples}", flush=True)
-            progress["n_worse"] += 1
-            if nll < progress["best_nll"]:
-                progress.update(best_nll=nll, n_worse=0)
-                save(model_path, model, tokenizer)
-            torch.compiler.set_stance("default")
-            model.train()
-        if world > 1:
-            from_rank_0 = [progress["n_worse"]]
-            dist.broadcast_object_list(from_rank_0, 0, group=patient)
-            progress["n_worse"], = from_rank_0
+        """Scores the model, and writes model.pt if it is the best so far. -> validations since the best"""
+        model.eval()
+        torch.compiler.set_stance("force_eager")        # what runs once in a while is not worth compiling
+        nll, samples = validation_nll(), ""
+        values = dict(val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
+        if val_text:                                    # greedy, and not all of a long file: to watch, not to report
+            sources, truths = (side[:500] for side in val_text)
+            out = [best[0][0] for best in translate(model, tokenizer, sources, beam_size=1)]
+            values["val_bleu"] = bleu(out, truths, bleu_words)
+            for i in {0, len(out) // 2}:
+                samples += f"\n    source  {sources[i]}\n    model   {out[i]}\n    truth   {truths[i]}"
+        record(**values)
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        say(f"step {progress['step']:6d}  {scores}{samples}", flush=True)
+        progress["n_worse"] += 1
+        if nll < progress["best_nll"]:
+            progress.update(best_nll=nll, n_worse=0)
+            save(model_path, model, tokenizer)
+        torch.compiler.set_stance("default")
+        model.train()
+        return progress["n_worse"]
 
     def save_checkpoint():
         """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes."""
@@ -776,10 +801,13 @@ def main():
         if world > 1:
             everyone = [None] * world
             dist.all_gather_object(everyone, mine)
-        if rank == 0:
+
+        def write():
             write_atomically(last, {
                 **progress, "world": world, "ranks": everyone, "settings": now(), "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": scaler.state_dict()})
+            return 0
+        on_rank_0(write, rank, signs_of_life)
 
     def leave_if_told():
         """One process may have heard a signal that the others have not: they agree, and all end after the same step."""
@@ -793,6 +821,43 @@ def main():
             say(f"{signal.Signals(heard).name} after step {progress['step']:,}: saved {last}; "
                 "go on with the same command and --resume=True")
             sys.exit(128 + heard)
+
+    def finish():
+        """Chooses what model.pt is to be, averaged weights or the best so far, and shows what it can do."""
+        recent = progress["recent"]
+        if len(recent) > 1:                             # §6.1
+            model.load_state_dict({name: torch.stack([w[name] for w in recent]).mean(0) for name in recent[0]})
+        model.eval()
+        nll = validation_nll() if val else -math.inf
+        if len(recent) > 1 and val:
+            say(f"mean of the last {len(recent)} checkpoints: validation nll {nll:.4f}, "
+                f"best without {progress['best_nll']:.4f}")
+        if nll <= progress["best_nll"]:
+            save(model_path, model, tokenizer)
+        best, _ = load(model_path, dev)
+        if len(progress["history"]) > 1:
+            say("\nnegative log-likelihood of the training text\n" + draw_curve(progress["history"]) + "\n")
+        if val_text:
+            best.to(getattr(torch, amp))
+            out = [found[0][0] for found in translate(best, tokenizer, val_text[0], beam_size, length_penalty)]
+            score = bleu(out, val_text[1], bleu_words)
+            say(f"validation BLEU {score:.2f} (tokenizer {bleu_tokenize}, beam {beam_size}, "
+                f"length penalty {length_penalty})")
+            record(bleu=score)
+        elif not src:
+            pairs, words = [], lambda row: row[:row.index(EOS)]
+            for rows, S, T in plan_epoch(val, 0, 0):
+                x, y = (ids.to(dev) for ids in val.batch(rows, S, T))
+                out, _ = beam_search(best, x, beam_size=1, max_len=T + 5)
+                pairs += [(words(a), words(b)) for a, b in zip(y[:, 1:].tolist(), out.tolist())]
+            for a, b in pairs[:3]:
+                say(f"  in  {' '.join(map(str, a))}\n  out {' '.join(map(str, b))}")
+            accuracy = sum(a == b for a, b in pairs) / len(pairs)
+            say(f"exact-sequence accuracy on {len(val):,} unseen sequences: {accuracy:.1%}")
+            record(accuracy=accuracy)
+        say(f"{clock(time.time() - start_time)} in all; the model is {model_path}"
+            + (f"\nuse it:  python transformer.py --checkpoint={model_path} < in.txt > out.txt" if src else ""))
+        return 0
 
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -845,7 +910,7 @@ def main():
             report(norm, n_ids, time.time() - tick)
             tick, n_ids = time.time(), 0
         if val and due(eval_interval):
-            validate()
+            progress["n_worse"] = on_rank_0(validate, rank, signs_of_life)
         if due(checkpoint_interval):
             if average_last > 1:
                 weights = {name: w.detach().cpu().clone() for name, w in model.state_dict().items()}
@@ -856,41 +921,7 @@ def main():
 
     # ---- the end --------------------------------------------------------------------
     torch.compiler.set_stance("force_eager")
-    if rank == 0:
-        recent = progress["recent"]
-        if len(recent) > 1:                             # §6.1
-            model.load_state_dict({name: torch.stack([w[name] for w in recent]).mean(0) for name in recent[0]})
-        model.eval()
-        nll = validation_nll() if val else -math.inf
-        if len(recent) > 1 and val:
-            say(f"mean of the last {len(recent)} checkpoints: validation nll {nll:.4f}, "
-                f"best without {progress['best_nll']:.4f}")
-        if nll <= progress["best_nll"]:
-            save(model_path, model, tokenizer)
-        model, _ = load(model_path, dev)
-        if len(progress["history"]) > 1:
-            say("\nnegative log-likelihood of the training text\n" + draw_curve(progress["history"]) + "\n")
-        if val_text:
-            model.to(getattr(torch, amp))
-            out = [best[0][0] for best in translate(model, tokenizer, val_text[0], beam_size, length_penalty)]
-            score = bleu(out, val_text[1], bleu_words)
-            say(f"validation BLEU {score:.2f} (tokenizer {bleu_tokenize}, beam {beam_size}, "
-                f"length penalty {length_penalty})")
-            record(bleu=score)
-        elif not src:
-            pairs, words = [], lambda row: row[:row.index(EOS)]
-            for rows, S, T in plan_epoch(val, 0, 0):
-                x, y = (ids.to(dev) for ids in val.batch(rows, S, T))
-                out, _ = beam_search(model, x, beam_size=1, max_len=T + 5)
-                pairs += [(words(a), words(b)) for a, b in zip(y[:, 1:].tolist(), out.tolist())]
-            for a, b in pairs[:3]:
-                say(f"  in  {' '.join(map(str, a))}\n  out {' '.join(map(str, b))}")
-            accuracy = sum(a == b for a, b in pairs) / len(pairs)
-            say(f"exact-sequence accuracy on {len(val):,} unseen sequences: {accuracy:.1%}")
-            record(accuracy=accuracy)
-        say(f"{clock(time.time() - start_time)} in all; the model is {model_path}"
-            + (f"\nuse it:  python transformer.py --checkpoint={model_path} < in.txt > out.txt" if src else ""))
-    wait_for_all()
+    on_rank_0(finish, rank, signs_of_life)
     if world > 1:
         dist.destroy_process_group()
 
