@@ -879,7 +879,8 @@ def main():
         n_tgt = sum(int(corpus.n_tgt[rows].sum()) + len(rows) for rows, _, _ in micro)
         for i in range(accumulate):
             rows, S, T = micro[i * world + rank]
-            x, y = (ids.to(dev, non_blocking=True) for ids in corpus.batch(rows, S, T))
+            # A copy from ordinary memory would wait until the GPU has nothing left to do.
+            x, y = (ids.pin_memory().to(dev, non_blocking=True) if cuda else ids.to(dev) for ids in corpus.batch(rows, S, T))
             if world > 1:
                 step_fn.require_backward_grad_sync = i == accumulate - 1            # one all-reduce a step
             with autocast():
