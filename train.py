@@ -729,8 +729,8 @@ def main():
     say(f"model     {sum(p.numel() for p in model.parameters()):,} parameters")
     say(f"data      {len(corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
         + (", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"))
-    say(f"run       {max_steps:,} steps of about {sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps an "
-        f"epoch, {run_flops:.2g} FLOPs, about {clock(estimate)}{' and a minute to compile' * compiled}", flush=True)
+    say(f"run       {max_steps:,} steps of about {sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps "
+        f"an epoch, {run_flops:.2g} FLOPs, about {clock(estimate)}{' and a minute to compile' * compiled}", flush=True)
     if progress["step"]:
         say(f"resumed   from {last}, after step {progress['step']:,}")
 
@@ -880,7 +880,8 @@ def main():
         for i in range(accumulate):
             rows, S, T = micro[i * world + rank]
             # A copy from ordinary memory would wait until the GPU has nothing left to do.
-            x, y = (ids.pin_memory().to(dev, non_blocking=True) if cuda else ids.to(dev) for ids in corpus.batch(rows, S, T))
+            batch = corpus.batch(rows, S, T)
+            x, y = (ids.pin_memory().to(dev, non_blocking=True) if cuda else ids.to(dev) for ids in batch)
             if world > 1:
                 step_fn.require_backward_grad_sync = i == accumulate - 1            # one all-reduce a step
             with autocast():
