@@ -813,10 +813,10 @@ def write_atomically(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
-    except OSError:
+    except OSError as error:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise
+        raise OSError(error.errno, error.strerror, path) from None      # "No space left on device", and where
 
 
 def save(path, model, tokenizer=None):
