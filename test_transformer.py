@@ -1103,6 +1103,10 @@ def test_the_compiled_step_has_the_right_gradient_and_few_graphs(tmp_path):
             assert abs(slope - norm.item()) < 0.02 * norm.item(), (slope, norm)
             graphs.append(counters["stats"]["unique_graphs"])
         assert graphs[0] == graphs[2] <= 8, graphs
+        for p in (0.1, 0.5):                                            # the second finds the program of the first in the compiler's cache
+            torch._dynamo.reset()
+            y = torch.compile(transformer.Dropout(p).train(), dynamic=True)(torch.ones(100, 1000))
+            assert abs((y == 0).float().mean() - p) < 0.02 and abs(y.max() - 1 / (1 - p)) < 1e-3, (p, y.max())
     """
     result = run("-c", code)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -218,10 +218,12 @@ class Dropout(nn.Module):
     def __init__(self, p):
         super().__init__()
         self.p = p
+        self.kept = max(1, round((1 - p) * 65536))  # of 65536. To torch.compile a float is an input, an integer is a constant:
+        # a program compiled with one p must not be taken from its cache for another.
         self.seed = None        # an int32 tensor, if a trainer that compiles this fills it anew before each forward
 
     def forward(self, x):
-        if not self.training or not self.p:
+        if not self.training or self.kept == 65536:
             return x
         if x.device.type != "cpu" or not torch.compiler.is_compiling():
             return F.dropout(x, self.p)
@@ -229,7 +231,7 @@ class Dropout(nn.Module):
         h = torch.arange(x.numel(), dtype=torch.int32).view(x.shape) * -1640531535 ^ seed
         h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D                       # two rounds of a multiply-xorshift hash
         h = (h ^ (h >> 15 & 0x1FFFF)) * -2073254261
-        return torch.where((h >> 16 & 0xFFFF) >= int(self.p * 65536), x * (1 / (1 - self.p)), 0.0)
+        return torch.where((h >> 16 & 0xFFFF) < self.kept, x * (65536 / self.kept), 0.0)
 
 
 class AddNorm(nn.Module):
