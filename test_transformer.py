@@ -252,7 +252,7 @@ def test_dropout_trains_only_and_both_kinds_keep_the_mean(monkeypatch):
         drop, x = M.Dropout(0.3), torch.ones(200, 500)
         a, b = drop(x), drop(x)
         for y in (a, b):
-            assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+            assert y.unique().tolist() == [0.0, pytest.approx(1 / 0.7, rel=2 / 65536)]                # the hash has 16 bits
             assert y.mean().item() == pytest.approx(1, abs=0.02)
             assert y.mean(0).std().item() < 0.07 and y.mean(1).std().item() < 0.045             # no row or column stands out
         assert ((a > 0) & (b > 0)).float().mean().item() == pytest.approx(0.49, abs=0.02)          # independent draws
