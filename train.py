@@ -59,11 +59,11 @@ resume = False              # continue from out_dir/last.pt
 
 # With --src, these take the place of what the command line leaves open: the first row whose size, in MB of text on both
 # sides, is not below that of the corpus. A small corpus needs a small model, much dropout and many epochs.
-SMALL = dict(n_encoder_layers=4, n_decoder_layers=4, norm_first=True, batch_tokens=4096, max_steps=0, muon=5e-3,
+SMALL = dict(n_encoder_layers=4, n_decoder_layers=4, norm_first=True, batch_tokens=4096, max_steps=0, muon=1e-2,
              warmup_steps=200, eval_interval=500, checkpoint_interval=500, patience=5)
 RECIPES = {
     2: dict(SMALL, vocab_size=3000, d_model=128, d_ff=256, dropout=0.3, epochs=50.0),                  # 15,000 pairs
-    15: dict(SMALL, vocab_size=5000, d_model=128, d_ff=256, dropout=0.25, epochs=36.0),                # 100,000
+    15: dict(SMALL, vocab_size=5000, d_model=128, d_ff=256, dropout=0.2, epochs=36.0),                 # 100,000
     100: dict(SMALL, vocab_size=10000, d_model=256, d_ff=1024, dropout=0.2, epochs=20.0,
               learning_rate=2e-3),                                                                     # 700,000
     600: dict(SMALL, vocab_size=32000, d_model=512, d_ff=2048, n_heads=8, n_encoder_layers=6, n_decoder_layers=6,
@@ -650,7 +650,7 @@ def main():
     optimizers = [torch.optim.Adam([w for w in model.parameters() if id(w) not in taken], betas=(0.9, 0.98), eps=1e-9,
                                    fused=dev.type in ("cpu", "cuda"))]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
 
     # Narrow matrices don't win back the casts to bfloat16; a GPU without it has float16, which needs its loss scaled.
     amp = dtype if dtype != "auto" else "bfloat16" if has_bfloat16(dev) and (cuda or d_model >= 128) else \
