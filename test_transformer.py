@@ -600,6 +600,11 @@ def test_training_mistakes_cost_one_line(tmp_path, mistake):
         if not any(a.startswith("--out_dir") for a in args):
             args = args + [f"--out_dir={tmp_path}/o"]
         assert word in mistake("train.py", *args), args
+    assert not (tmp_path / "new").exists()                              # nothing is made in a folder that was a mistake
+    for content, word in (({"step": 3}, "not one that train.py resumes from"), ([1], "not one that"),
+                          ({"ranks": [], "settings": dict(T.settings)}, "another version of train.py")):
+        M.write_atomically(str(tmp_path / "o" / "last.pt"), content)
+        assert word in mistake("train.py", "--resume=True", f"--out_dir={tmp_path}/o")
 
 
 # ---- training: data -------------------------------------------------------------

@@ -427,7 +427,7 @@ class Loss(nn.Module):
                     self.seeds.append(module.seed)
             from torch._functorch import config as functorch
             functorch.aggressive_recomputation = True
-        torch._dynamo.config.specialize_float = True                    # or a program cached with another dropout is taken
+        torch._dynamo.config.specialize_float = True                    # or one cached with another dropout is taken
         torch._dynamo.config.optimize_ddp = False                       # DDP would cut each of the parts at its buckets
         for layer in (*self.model.encoder, *self.model.decoder):
             layer.compile(dynamic=True)
@@ -611,6 +611,8 @@ def main():
     # ---- data -------------------------------------------------------------------
     tokenizer, left_out, val, val_text = None, {}, None, None
     last, log_path, model_path = (os.path.join(out_dir, name) for name in ("last.pt", "log.jsonl", "model.pt"))
+    if resume and not os.path.exists(last):
+        stop(f"--resume=True, but there is no {last}; start without it")
     try:
         os.makedirs(out_dir, exist_ok=True)
         if rank == 0:
@@ -688,10 +690,13 @@ def main():
     totals = torch.zeros(3, dtype=torch.float64, device=dev)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(last)   # --max-restarts
     if resume or restarted:
-        if not os.path.exists(last):
-            stop(f"--resume=True, but there is no {last}; start without it")
         try:
             state = read_checkpoint(last)
+        except ValueError as error:
+            stop(str(error))
+        if not isinstance(state, dict) or "ranks" not in state:
+            stop(f"{last} is a checkpoint, but not one that train.py resumes from")
+        try:
             for name in FIXED:
                 if state["settings"][name] != globals()[name]:
                     stop(f"{last} was made with --{name}={state['settings'][name]}, got {globals()[name]}")
@@ -707,8 +712,9 @@ def main():
             if cuda:
                 torch.cuda.set_rng_state(cuda_rng)
             totals.copy_(mine)
-        except Exception as error:      # a damaged or foreign file fails in more ways than can be named
-            stop(f"{last} can't be resumed from: {(str(error) or type(error).__name__).splitlines()[0]}")
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            what = f"{type(error).__name__}, {str(error).splitlines()[0]}"
+            stop(f"{last} was saved by another version of train.py: {what}")
     if rank == 0:                       # the log's lines on steps to come go, in one cut: no kill loses other lines
         n_bytes = 0
         with open(log_path, "rb") as f:

@@ -4,7 +4,7 @@ The Transformer of "Attention Is All You Need" (Vaswani et al., 2017, https://ar
     python transformer.py                                             # a guided tour that checks itself, in seconds
     python transformer.py --checkpoint=out/model.pt < in.txt > out.txt  # translate: one line in, one line out
 
-Read it from top to bottom; nothing is used before it is defined. The order is the paper's:
+Read it from top to bottom; what is used was defined above, but for two helpers of from_torch. The order is the paper's:
 
     Config                                   Table 3: the sizes
     sinusoids                      §3.5      where a token stands
@@ -18,7 +18,8 @@ Below the line "THE MODEL ENDS HERE" stand the tokenizer, the checkpoint and the
 and what is left is the model, complete.
 
 One letter for each axis, in every comment:
-    B batch, S source length, T target length, D d_model, H heads, K d_head = D/H, V vocabulary, N beam
+    B batch, S source length, T target length, D d_model, H heads, K d_head = D/H, V vocabulary;
+    in decoding, N beams (hypotheses of a sentence) and L the longest that a translation may become
 
 Where this differs from the paper, and why (every point has a test):
 
@@ -218,8 +219,9 @@ class Dropout(nn.Module):
     def __init__(self, p):
         super().__init__()
         self.p = p
-        self.kept = max(1, round((1 - p) * 65536))  # of 65536. To torch.compile a float is an input, an integer is a constant:
-        # a program compiled with one p must not be taken from its cache for another.
+        # Of 65536. An integer is a constant to torch.compile, but a float is an input: from its cache, a program made
+        # for one p would be taken for another.
+        self.kept = max(1, round((1 - p) * 65536))
         self.seed = None        # an int32 tensor, if a trainer that compiles this fills it anew before each forward
 
     def forward(self, x):
@@ -757,7 +759,7 @@ class Tokenizer:
         return cls(merges)
 
     def encode(self, text):
-        """str -> list of ids, without BOS or EOS: each word's bytes, joined by the merge learnt first until none fits."""
+        """str -> list of ids, no BOS or EOS: each word's bytes, joined by the merge learnt first until none fits."""
         ids = []
         for word in self.words(text):
             piece = self.cache.get(word)
