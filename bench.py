@@ -25,32 +25,30 @@ plan_devices = 1            # devices like this one; gradients are summed over t
 compile = True              # the training step of this model; torch.nn.Transformer runs as its documentation shows
 seed = 1
 # ---- end of settings --------------------------------------------------------
-
-import sys
-
-from train import Loss, flops, matmul_rate, override
-
 settings = {k: v for k, v in globals().items() if k[0] != "_" and type(v) in (bool, int, float, str)}
-if __name__ == "__main__":
-    globals().update(override(settings, sys.argv[1:], __file__))
 
 import json
 import os
-import resource
 import statistics
+import sys
 import time
+
+try:
+    import resource
+except ImportError:         # Windows does not say how much memory a process has had
+    resource = None
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from transformer import (BOS, EOS, PAD, Config, Transformer, beam_search, fail, has_bfloat16, keep_freed_memory,
+from train import Loss, find_device, flops, keep_freed_memory, matmul_rate
+from transformer import (BOS, EOS, PAD, Config, Transformer, beam_search, fail, for_inference, has_bfloat16, override,
                          sinusoids)
 
 SIZES = {"copy": (64, 128, 4, 2), "tiny": (128, 256, 4, 4), "small": (256, 1024, 4, 3), "base": (512, 2048, 8, 6),
          "big": (1024, 4096, 16, 6)}
-
 
 class TorchTransformer(nn.Module):
     """torch.nn.Transformer with what it lacks, embeddings and masks, put together as its documentation suggests."""
@@ -75,9 +73,8 @@ class TorchTransformer(nn.Module):
         return self.core.decoder(self.embed(tgt_in), memory, tgt_mask=causal, tgt_is_causal=True,
                                  tgt_key_padding_mask=tgt_in == PAD, memory_key_padding_mask=src == PAD)
 
-    def logits(self, states):
+    def output(self, states):
         return F.linear(states, self.embedding.weight)
-
 
 def greedy(model, src, n):
     """Greedy decoding with a model that has no cache: every step computes the whole prefix again. -> (B, n)"""
@@ -85,9 +82,8 @@ def greedy(model, src, n):
     with torch.inference_mode():
         memory = model.encode(src)
         for _ in range(n):
-            ids = torch.cat((ids, model.logits(model.decode(ids, memory, src)[:, -1:])[..., EOS:].argmax(-1) + EOS), 1)
+            ids = torch.cat((ids, model.output(model.decode(ids, memory, src)[:, -1:])[..., EOS:].argmax(-1) + EOS), 1)
     return ids[:, 1:]
-
 
 def timed(fn, n, sync, warmup=2):
     """Median seconds of n calls."""
@@ -100,6 +96,12 @@ def timed(fn, n, sync, warmup=2):
         times.append(time.perf_counter() - start)
     return statistics.median(times[warmup:])
 
+def peak_memory(cuda):
+    """Bytes that this process has had at most, on the GPU or in all. 0: unknown."""
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
 
 def main():
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -112,14 +114,13 @@ def main():
             fail(f"--{name} must be at least 1, got {globals()[name]}")
     if vocab_size < 4:
         fail(f"--vocab_size must be at least 4, got {vocab_size}")
-    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dev = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    dev = find_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     cuda = dev.type == "cuda"
     sync = torch.cuda.synchronize if cuda else lambda: None
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
         if not cuda:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()                                 # torch.nn.Transformer gains by it as well
     torch._dynamo.config.optimize_ddp = False
@@ -192,7 +193,7 @@ def main():
         seconds = train(model, low != torch.float32, compile)
         row(f"train, this model, {half}{', compiled' if compile else ''}", seconds, n_tokens, step_flops)
         n = sum(p.numel() for p in model.parameters())
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory(cuda)
         hours = seconds / n_tokens * plan_tokens / plan_devices / 3600
         cost = {"parameters": n, "flops": step_flops / n_tokens * plan_tokens, "hours": hours, "model_pt_bytes": 4 * n,
                 "last_pt_bytes": 12 * n, "state_bytes_per_device": 16 * n, "measured_peak_bytes": peak,
@@ -212,7 +213,7 @@ def main():
         result["train_speedup"] = slow / fast
         source = src[:1, :24].repeat(decode_batch, 1).clamp(min=EOS + 1)
         generated = decode_batch * decode_len
-        model, reference = model.eval().to(low), reference.eval()
+        model, reference = for_inference(Transformer(config).to(dev), half), reference.eval()
         slow = timed(lambda: greedy(reference, source, decode_len), 1, sync, 1)
         row("greedy, torch.nn.Transformer, no cache, float32", slow, generated)
         for beam in (1, 4):
@@ -220,13 +221,16 @@ def main():
             fast = timed(decode, 3, sync, 1)
             row(f"{'greedy' if beam == 1 else 'beam 4'}, this model, {half}", fast, generated)
             result[f"decode_speedup_beam_{beam}"] = slow / fast
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory(cuda)
         result["peak_memory_bytes"] = peak
         print(f"\ntraining {result['train_speedup']:.1f}x, greedy decoding {result['decode_speedup_beam_1']:.1f}x "
               f"torch.nn.Transformer; peak memory {peak / 1e9:.2f} GB")
     if rank == 0:
         print(json.dumps(result))
 
-
 if __name__ == "__main__":
-    main()
+    globals().update(override(settings, sys.argv[1:], __file__))
+    try:
+        main()
+    except ValueError as error:
+        fail(error)

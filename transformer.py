@@ -1,51 +1,52 @@
 """
 The Transformer of "Attention Is All You Need" (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762) in one file.
 
-    python transformer.py                                             # a guided tour that checks itself, in seconds
+    python transformer.py                                               # a guided tour that checks itself, in seconds
     python transformer.py --checkpoint=out/model.pt < in.txt > out.txt  # translate: one line in, one line out
 
-Read it from top to bottom; what is used was defined above, but for two helpers of from_torch. The order is the paper's:
+Read it from top to bottom, in the order of the paper: whatever a line uses is defined above it. This is Figure 1, with
+the names of this file:
 
-    Config                                   Table 3: the sizes
-    sinusoids                      §3.5      where a token stands
-    attention, MultiHeadAttention  §3.2      who looks at whom
-    FeedForward                    §3.3      what each position computes alone
-    AddNorm, Encoder-/DecoderLayer §3.1      how they are stacked
-    Transformer                    §3, §3.4  ids in, logits out
-    Cache, beam_search             §6.1      from logits to a translation
+                                                   logits (B, T, V)
+                                                      ↑  output: the embedding matrix, transposed
+      memory (B, S, D) ───────────────────┐        states (B, T, D)
+         ↑  EncoderLayer × 6              │           ↑  DecoderLayer × 6
+         │      add_norm2(ffn)            │           │      add_norm3(ffn)
+         │      add_norm1(self_attn)      └───────────│───── add_norm2(cross_attn)
+         │                                            │      add_norm1(self_attn): no position sees a later one
+         ↑  embed: embedding · √D + sinusoids         ↑  embed: the same
+      src (B, S)                                   tgt_in (B, T)
 
 Below the line "THE MODEL ENDS HERE" stand the tokenizer, the checkpoint and the command line. Delete from there on,
 and what is left is the model, complete.
 
 One letter for each axis, in every comment:
     B batch, S source length, T target length, D d_model, H heads, K d_head = D/H, V vocabulary;
-    in decoding, N beams (hypotheses of a sentence) and L the longest that a translation may become
+    in decoding, N beams: the hypotheses that are kept for each sentence
 
-Where this differs from the paper, and why (every point has a test):
+Where this differs from the paper, and why (a test holds each point):
 
- 1. Padding. The paper does not mention it. A batch needs it, so id PAD fills the ends of short rows: it is never
-    attended to, and the encoder's and decoder's outputs there are zeros.
- 2. Initial weights. The paper is silent. Matrices are Glorot-uniform, embeddings are normal with variance 1/D, so that
-    the √D of §3.4 brings them to the scale of the positions and the tied logits start near zero.
- 3. LayerNorm's ε, silent too, is PyTorch's.
- 4. Beam search never proposes PAD or BOS, and makes a hypothesis end (EOS) when it reaches its length limit.
-    It stops when no unfinished hypothesis can still win; the paper says only "terminate early when possible".
- 5. Text becomes byte-level BPE with a space put before the first word, where the paper has character BPE:
-    any string can be written, so there is no unknown word.
- 6. `Config` offers what the paper does not use by default: norms before the sub-layers (norm_first), an output matrix
-    of its own (tied_output=False), a source vocabulary of its own, biases on the attention projections.
+ 1. Padding. The paper does not mention it, but a batch needs it: id PAD fills the ends of short rows. Nothing attends
+    to it, and the outputs of encoder and decoder are zeros there.
+ 2. Initial weights, and the ε in LayerNorm. The paper does not say. Matrices are Glorot-uniform; embeddings are normal
+    with variance 1/D, so that the √D of §3.4 brings them to the scale of the positions; ε is PyTorch's.
+ 3. Beam search never proposes PAD or BOS, and makes a hypothesis end (EOS) when it reaches its length limit. It stops
+    when no unfinished hypothesis can still win; the paper says only "terminate early when possible".
+ 4. Text becomes byte-level BPE, with a space put before the first word. The paper splits characters. With bytes any
+    string can be written, so there is no unknown word.
+ 5. `Config` offers what the paper does not use: norms before the sub-layers, an output matrix that is not tied to the
+    embedding, a source vocabulary of its own, biases on the attention projections, norms at the end of the stacks.
 """
 
-import copy
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 PAD, BOS, EOS = 0, 1, 2     # padding, beginning and end of a sentence: the ids no word may have
-
 
 @dataclass(frozen=True)
 class Config:
@@ -58,42 +59,31 @@ class Config:
     n_encoder_layers: int = 6
     n_decoder_layers: int = 6
     dropout: float = 0.1            # P_drop of §5.4
-    norm_first: bool = False        # True: x + f(norm(x)), with a final norm; trains deep stacks with less care
+    norm_first: bool = False        # True: x + f(norm(x)) and a norm at the end of each stack; deep stacks train easier
     learned_positions: int = 0      # 0: sinusoids; n: a learned vector for each of n positions (Table 3, row E)
     tied_output: bool = True        # §3.4: the target embedding is also the output projection
     src_vocab_size: int = 0         # 0: source and target share vocab_size and the embedding
     attention_bias: bool = False    # the paper's projections are plain matrices; torch.nn.Transformer adds biases
+    final_norms: bool = False       # True: post-norm stacks end in one more norm, as those of torch.nn.Transformer do
 
     def __post_init__(self):
         for field in fields(self):
-            value, want = getattr(self, field.name), field.type
-            if want == float and type(value) == int:
-                object.__setattr__(self, field.name, float(value))
-            elif type(value) != want:
-                raise ValueError(f"{field.name} must be {want.__name__}, got {value!r}")
-        for name in ("vocab_size", "d_model", "n_heads", "d_ff", "n_encoder_layers", "n_decoder_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learned_positions", "src_vocab_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.vocab_size <= EOS or 0 < self.src_vocab_size <= EOS:
-            raise ValueError(f"a vocabulary needs more than the {EOS + 1} special ids, got "
-                             f"vocab_size={self.vocab_size} and src_vocab_size={self.src_vocab_size}")
-        if self.d_model % self.n_heads:
-            raise ValueError(f"d_model must be divisible by n_heads, got {self.d_model} and {self.n_heads}")
-        if self.d_model % 2:
-            raise ValueError(f"d_model must be even (a sine and a cosine for each frequency), got {self.d_model}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-
+            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            value = value.item() if hasattr(value, "item") else value           # numpy's and torch's numbers
+            value = float(value) if kind is float and type(value) is int else value
+            least = EOS + 1 if "vocab" in name else 0 if kind is float else 1   # a default of 0, none, may stay
+            most = 1 if kind is float else math.inf
+            fits = type(value) is kind and (kind is bool or least <= value < most or value == field.default == 0)
+            if not fits:
+                raise ValueError(f"{name} must be {kind.__name__} from {least} to below {most}, got {value!r}")
+            object.__setattr__(self, name, value)                               # the way into a frozen dataclass
+        if self.d_model % self.n_heads or self.d_model % 2:                     # a sine and a cosine for each frequency
+            raise ValueError(f"d_model must be even and divisible by n_heads, got {self.d_model} and {self.n_heads}")
 
 BASE = Config()
 BIG = Config(d_model=1024, n_heads=16, d_ff=4096, dropout=0.3)
 
-
-# -----------------------------------------------------------------------------
-# §3.5 Positional encoding
+# ---- §3.5 Positional encoding ------------------------------------------------
 
 def sinusoids(positions, d_model):
     """PE(pos, 2i) = sin(pos / 10000^(2i/D)), PE(pos, 2i+1) = cos(same). positions: (...) -> (..., D), float32. §3.5
@@ -105,58 +95,72 @@ def sinusoids(positions, d_model):
     i = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32)
     frequency = torch.exp(i * (-math.log(10000.0) / d_model))                   # (D/2,) = 10000^(-2i/D)
     angle = positions[..., None].float() * frequency                            # (..., D/2)
-    # stack, then flatten: sine and cosine interleave column by column, as the formula says, and not half by half
+    # Stack, then flatten: sine and cosine take turns column by column, as the formula says, and not half by half.
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)          # (..., D)
 
+# ---- §3.2 Attention. Every mask here is boolean, and True means "may attend" ---
 
-# -----------------------------------------------------------------------------
-# §3.2 Attention
+def causal_mask(n, device=None):
+    """Position t (a row) may attend to the positions up to t (columns), and to none after it. §3.2.3 -> (n, n)
+
+    >>> causal_mask(4).int()
+    tensor([[1, 0, 0, 0],
+            [1, 1, 0, 0],
+            [1, 1, 1, 0],
+            [1, 1, 1, 1]], dtype=torch.int32)
+    """
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
 def attention_weights(q, k, mask=None):
-    """softmax(QKᵀ/√d_k), Eq. 1. q: (..., T, K), k: (..., S, K), mask: boolean, broadcasts to (..., T, S) -> (..., T, S)
+    """softmax(QKᵀ/√d_k), Eq. 1. q: (..., T, K), k: (..., S, K), mask: broadcasts to the result -> (..., T, S), float32
 
-    mask is True where a query may attend. A query that may attend to nothing gets zeros: it is part of the padding.
+    One query and three keys with d_k = 4. The products q·k are 2, 0 and 4. Divided by √4 they are 1, 0 and 2, and the
+    weights are e¹, e⁰ and e², each divided by their sum:
+
+    >>> q = torch.tensor([[2.0, 0, 0, 0]])
+    >>> k = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [2, 0, 0, 0]])
+    >>> attention_weights(q, k)
+    tensor([[0.2447, 0.0900, 0.6652]])
+
+    With the third key masked, the other two share its part. A query that may attend to nothing gets nothing but zeros:
+
+    >>> attention_weights(q, k, mask=torch.tensor([[True, True, False]]))
+    tensor([[0.7311, 0.2689, 0.0000]])
+    >>> attention_weights(q, k, mask=torch.tensor([[False, False, False]]))
+    tensor([[0., 0., 0.]])
     """
-    # The dot products of random vectors grow like √d_k, and a softmax of large numbers has no gradient. (§3.2.1)
-    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))
+    # The dot products of random vectors grow like √d_k, and a softmax of large numbers has no gradient (§3.2.1). The
+    # queries are divided before the product, not the scores after it: in float16 the product itself could overflow.
+    scores = ((q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)).float()
     if mask is None:
         return scores.softmax(-1)
     # The lowest finite number, not -inf: a row of nothing but -inf would be 0/0 = NaN, forward and backward.
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(~mask, 0.0)
 
-
 def attention(q, k, v, mask=None, causal=False):
     """softmax(QKᵀ/√d_k) V, Eq. 1: every query takes the average of the values, weighted by how well the keys match it.
 
-    q: (B, H, T, K), k and v: (B, H, S, K), mask: boolean, True = may attend -> (B, H, T, K).
-    causal=True lets position t see positions up to t only, and needs T = S.
+    q: (B, H, T, K), k and v: (B, H, S, K), mask: broadcasts to (B, H, T, S) -> (B, H, T, K).
+    causal=True stands for mask=causal_mask(T), and needs T = S.
     """
-    T, S = q.size(-2), k.size(-2)
-    # A fused kernel never writes the (T, S) weights to memory. But on a CPU it is slow where that would not hurt:
-    # training on sentences of everyday length is 1.3 times faster by the definition, below.
-    if q.is_cuda or T * S > 512 * 512:
-        if causal:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        if mask is None:
-            return F.scaled_dot_product_attention(q, k, v)
-        # What a kernel returns for a query without a key depends on the kernel. So let such a query see everything...
-        nothing = ~mask.any(-1, keepdim=True)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | nothing)
-        return y.masked_fill(nothing, 0.0)  # ...and then give it the zeros of the definition.
-    if causal:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    return attention_weights(q, k, mask).to(v.dtype) @ v
-
+    if not q.is_cuda and q.size(-2) * k.size(-2) <= 512 * 512:
+        # The definition. On a CPU it is also the faster way, as long as the (T, S) weights are small.
+        mask = causal_mask(q.size(-2), q.device) if causal else mask
+        return attention_weights(q, k, mask).to(v.dtype) @ v
+    # Everywhere else a fused kernel computes the same without ever writing the weights to memory.
+    if causal or mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    # What a kernel returns for a query that may attend to nothing depends on the kernel. So let it see everything...
+    nothing = ~mask.any(-1, keepdim=True)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | nothing)
+    return y.masked_fill(nothing, 0.0)      # ...and then give it the zeros of the definition
 
 class MultiHeadAttention(nn.Module):
     """H attentions side by side, each on its own D/H-wide projection of queries, keys and values. §3.2.2
 
     It serves all three uses of §3.2.3, because keys and values come from outside: from the queries' own sequence
     (self-attention), from the encoder's output (cross-attention), or from a cache of earlier steps (decoding).
-
-        y = attn(x, attn.keys_values(x), mask)          # self
-        y = attn(x, attn.keys_values(memory), mask)     # cross
     """
 
     def __init__(self, config):
@@ -175,25 +179,18 @@ class MultiHeadAttention(nn.Module):
         k, v = self.kv(x).chunk(2, dim=-1)
         return self.split_heads(k), self.split_heads(v)
 
-    def forward(self, x, keys_values, mask=None, causal=False, seen=None):
-        """x: (B, T, D) -> (B, T, D). `seen`, a list, is given the attention weights (B, H, T, S)."""
-        q, (k, v) = self.split_heads(self.q(x)), keys_values
-        y = attention(q.to(k.dtype), k, v, mask, causal).to(q.dtype)    # (B, H, T, K); a cache may be in float32
-        if seen is not None:
-            T = q.size(-2)
-            if causal:
-                mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-            seen.append(attention_weights(q, k, mask))
+    def forward(self, x, keys_values, mask=None, causal=False):
+        """The positions of x look at those behind keys_values. (B, T, D), what keys_values() returned -> (B, T, D)"""
+        y = attention(self.split_heads(self.q(x)), *keys_values, mask, causal)          # (B, H, T, K)
         return self.out(y.transpose(1, 2).flatten(2))                   # heads side by side again, then W^O
 
-
-# -----------------------------------------------------------------------------
-# §3.3 Position-wise feed-forward network
+# ---- §3.3 Position-wise feed-forward network ---------------------------------
 
 class FeedForward(nn.Module):
     """FFN(x) = max(0, xW₁ + b₁)W₂ + b₂, Eq. 2, at every position alone. (B, T, D) -> (B, T, D)
 
-    Attention moves information between positions; this is where it is worked on. Two thirds of a layer's weights.
+    Attention moves information between positions; this is where it is worked on. With the paper's d_ff = 4D it holds
+    two thirds of the weights of an encoder layer, and half of those of a decoder layer.
     """
 
     def __init__(self, config):
@@ -204,56 +201,26 @@ class FeedForward(nn.Module):
     def forward(self, x):
         return self.w2(F.relu(self.w1(x)))
 
-
-# -----------------------------------------------------------------------------
-# §3.1 Encoder and decoder stacks
-
-class Dropout(nn.Module):
-    """Zeroes each number with probability p while training, and scales the others by 1/(1 - p). §5.4
-
-    torch's own dropout, but for compiled training on a CPU, where drawing random numbers one after the other costs a
-    fifth of a step. There the random bits are a hash of a number's place and of one seed a call: plain integer
-    arithmetic, which the compiler runs sixteen numbers at a time, inside the loop that uses them.
-    """
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-        # Of 65536. An integer is a constant to torch.compile, but a float is an input: from its cache, a program made
-        # for one p would be taken for another.
-        self.kept = max(1, round((1 - p) * 65536))
-        self.seed = None        # an int32 tensor, if a trainer that compiles this fills it anew before each forward
-
-    def forward(self, x):
-        if not self.training or self.kept == 65536:
-            return x
-        if x.device.type != "cpu" or not torch.compiler.is_compiling():
-            return F.dropout(x, self.p)
-        seed = torch.randint(1 << 31, (), dtype=torch.int32) if self.seed is None else self.seed
-        h = torch.arange(x.numel(), dtype=torch.int32).view(x.shape) * -1640531535 ^ seed
-        h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D                       # two rounds of a multiply-xorshift hash
-        h = (h ^ (h >> 15 & 0x1FFFF)) * -2073254261
-        return torch.where((h >> 16 & 0xFFFF) < self.kept, x * (65536 / self.kept), 0.0)
-
+# ---- §3.1 Encoder and decoder stacks -----------------------------------------
 
 class AddNorm(nn.Module):
     """A residual connection around a sub-layer, and a norm: LayerNorm(x + Dropout(Sublayer(x))). §3.1, §5.4
 
-    The paper's order is post-norm. With norm_first it is x + Dropout(Sublayer(LayerNorm(x))): the sum itself is never
-    normalised, so gradients reach the bottom of the stack unchanged, and the stack needs one more norm at its end.
+    This is the paper's order, post-norm. With norm_first it is x + Dropout(Sublayer(LayerNorm(x))): the sum itself is
+    never normalised, so gradients reach the bottom of the stack unchanged, and the stack needs one more norm at its
+    end. The sub-layer comes as a function, because in one order it runs before the norm and in the other after it.
     """
 
     def __init__(self, config):
         super().__init__()
         self.norm = nn.LayerNorm(config.d_model)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.norm_first = config.norm_first
 
     def forward(self, x, sublayer):
         if self.norm_first:
             return x + self.dropout(sublayer(self.norm(x)))
         return self.norm(x + self.dropout(sublayer(x)))
-
 
 class EncoderLayer(nn.Module):
     """Every source position looks at every other, then thinks for itself. (B, S, D) -> (B, S, D)"""
@@ -264,10 +231,9 @@ class EncoderLayer(nn.Module):
         self.ffn = FeedForward(config)
         self.add_norm1, self.add_norm2 = AddNorm(config), AddNorm(config)
 
-    def forward(self, x, mask, seen=None):
-        x = self.add_norm1(x, lambda y: self.self_attn(y, self.self_attn.keys_values(y), mask, seen=seen))
+    def forward(self, x, mask):
+        x = self.add_norm1(x, lambda y: self.self_attn(y, self.self_attn.keys_values(y), mask))
         return self.add_norm2(x, self.ffn)
-
 
 class DecoderLayer(nn.Module):
     """Every target position looks at those before it, then at the source, then thinks. (B, T, D) -> (B, T, D)"""
@@ -279,54 +245,43 @@ class DecoderLayer(nn.Module):
         self.ffn = FeedForward(config)
         self.add_norm1, self.add_norm2, self.add_norm3 = AddNorm(config), AddNorm(config), AddNorm(config)
 
-    def forward(self, x, memory_kv, memory_mask, seen=None, seen_memory=None):
-        x = self.add_norm1(x, lambda y: self.self_attn(y, self.self_attn.keys_values(y), causal=True, seen=seen))
-        x = self.add_norm2(x, lambda y: self.cross_attn(y, memory_kv, memory_mask, seen=seen_memory))
+    def forward(self, x, memory_kv, memory_mask):
+        x = self.add_norm1(x, lambda y: self.self_attn(y, self.self_attn.keys_values(y), causal=True))
+        x = self.add_norm2(x, lambda y: self.cross_attn(y, memory_kv, memory_mask))
         return self.add_norm3(x, self.ffn)
 
-    def step(self, x, cache, layer):
-        """The same for the newest position alone, with the earlier ones in the cache. (B, N, D) -> (B, N, D)"""
-        keys_values = self.self_attn.keys_values
-        x = self.add_norm1(x, lambda y: self.self_attn(y, cache.append(layer, *keys_values(y)), cache.mask()))
-        x = self.add_norm2(x, lambda y: self.cross_attn(y, cache.memory_kv[layer], cache.memory_mask))
-        return self.add_norm3(x, self.ffn)
-
-
-# -----------------------------------------------------------------------------
-# §3 The model
+# ---- §3 The model ------------------------------------------------------------
 
 class Transformer(nn.Module):
     """Source ids and the target ids so far in, a score for every possible next target id out. Figure 1.
 
-    model(src, tgt_in) -> logits: (B, S) and (B, T) int64 -> (B, T, V). Rows are padded with PAD on the right; targets
-    begin with BOS. logits[:, t] scores the token that follows tgt_in[:, t].
+    model(src, tgt_in) -> logits: (B, S) and (B, T) int64 -> (B, T, V). Sources end with EOS and targets begin with
+    BOS; rows are padded with PAD on the right. logits[:, t] scores the token that follows tgt_in[:, t].
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        D = config.d_model
+        self.config, D = config, config.d_model
         # §3.4: one matrix embeds the source, embeds the target, and, transposed, turns states into logits.
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.src_embedding = nn.Embedding(config.src_vocab_size, D) if config.src_vocab_size else self.embedding
         self.output = nn.Linear(D, config.vocab_size, bias=False)
         if config.tied_output:
             self.output.weight = self.embedding.weight                  # the same tensor: one gradient, one update
-        if config.learned_positions:
-            self.src_positions = nn.Embedding(config.learned_positions, D)
-            self.tgt_positions = nn.Embedding(config.learned_positions, D)
-        self.dropout = Dropout(config.dropout)
+        self.learned_src, self.learned_tgt = (nn.Embedding(n, D) if n else None for n in [config.learned_positions] * 2)
+        self.dropout = nn.Dropout(config.dropout)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_decoder_layers))
-        final_norm = nn.LayerNorm if config.norm_first else nn.Identity  # a post-norm stack already ends in a norm
+        # A post-norm layer ends in a norm, so the paper's stacks need no other. A pre-norm layer ends in a sum.
+        final_norm = nn.LayerNorm if config.norm_first or config.final_norms else nn.Identity
         self.encoder_norm, self.decoder_norm = final_norm(D), final_norm(D)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """All initial values, in one place. Every layer draws its own."""
+        """Draws all initial values, here and nowhere else: no two layers start with the same numbers."""
         for name, weight in self.named_parameters():
-            if "embedding" in name or "positions" in name or name == "output.weight":
+            if "embedding" in name or "learned" in name or name == "output.weight":
                 weight.normal_(0, self.config.d_model ** -0.5)
             elif weight.dim() == 2:
                 for matrix in weight.chunk(2 if name.endswith("kv.weight") else 1):     # W^K and W^V each on its own
@@ -334,364 +289,339 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 weight.zero_()                                          # what is left are norm weights: ones already
 
-    def embed(self, ids, embedding, positions, start=0):
-        """Embedding · √D + position, then dropout. §3.4, §3.5. (B, T) -> (B, T, D)"""
+    def embed(self, ids, embedding, learned, start=0):
+        """Embedding · √D + position, then dropout; the first position is `start`. §3.4, §3.5. (B, T) -> (B, T, D)"""
         end = start + ids.size(1)
-        place = torch.arange(start, end, device=ids.device)
-        if positions is None:
-            encoding = sinusoids(place, self.config.d_model)
-        elif end > positions.num_embeddings:
-            raise ValueError(f"expected at most the {positions.num_embeddings} positions learned, got {end}")
-        else:
-            encoding = positions(place)
+        if learned is not None and end > learned.num_embeddings:
+            raise ValueError(f"expected at most the {learned.num_embeddings} positions learned, got {end}")
+        positions = torch.arange(start, end, device=ids.device)
+        encoding = sinusoids(positions, self.config.d_model) if learned is None else learned(positions)
         x = embedding(ids) * math.sqrt(self.config.d_model)
         return self.dropout(x + encoding.to(x.dtype))
 
-    def embed_src(self, src):
-        return self.embed(src, self.src_embedding, getattr(self, "src_positions", None))
-
-    def embed_tgt(self, tgt_in, start=0):
-        return self.embed(tgt_in, self.embedding, getattr(self, "tgt_positions", None), start)
-
-    def encode(self, src, seen=None):
+    def encode(self, src):
         """The source, every token in the light of all others: the decoder's memory. (B, S) -> (B, S, D)"""
         mask = (src != PAD)[:, None, None, :]                           # (B, 1, 1, S): no query may look at padding
-        x = self.embed_src(src)                                         # (B, S, D)
+        x = self.embed(src, self.src_embedding, self.learned_src)       # (B, S, D)
         for layer in self.encoder:
-            x = layer(x, mask, seen)                                    # (B, S, D)
+            x = layer(x, mask)                                          # (B, S, D)
         return self.encoder_norm(x).masked_fill((src == PAD)[..., None], 0.0)
 
-    def decode(self, tgt_in, memory, src, seen=None, seen_memory=None):
+    def decode(self, tgt_in, memory, src):
         """Target states, each made of memory and of what precedes it. (B, T), (B, S, D), (B, S) -> (B, T, D)"""
         memory_mask = (src != PAD)[:, None, None, :]                    # (B, 1, 1, S)
-        x = self.embed_tgt(tgt_in)                                      # (B, T, D)
+        x = self.embed(tgt_in, self.embedding, self.learned_tgt)        # (B, T, D)
         for layer in self.decoder:
             memory_kv = layer.cross_attn.keys_values(memory)            # (B, H, S, K) twice
-            x = layer(x, memory_kv, memory_mask, seen, seen_memory)     # (B, T, D)
+            x = layer(x, memory_kv, memory_mask)                        # (B, T, D)
         # Targets need no padding mask: it stands on the right, and causality keeps every real position from seeing it.
         return self.decoder_norm(x).masked_fill((tgt_in == PAD)[..., None], 0.0)
-
-    def logits(self, states):
-        """§3.4: the similarity of each state to each word's vector. (..., D) -> (..., V)"""
-        return self.output(states)
 
     def forward(self, src, tgt_in):
         memory = self.encode(src)                                       # (B, S) -> (B, S, D)
         states = self.decode(tgt_in, memory, src)                       # (B, T) -> (B, T, D)
-        return self.logits(states)                                      # (B, T, V)
+        return self.output(states)                                      # (B, T, V): how much like each word's vector
 
-    def log_probs(self, src, tgt_in):
-        """log P(next token | source, target so far), float32: forward, then a log-softmax. -> (B, T, V)"""
-        return self.forward(src, tgt_in).float().log_softmax(-1)
+# ---- §6.1 Decoding: what it is, then the same without computing anything twice, then several guesses at once ----
 
-    def attention_maps(self, src, tgt_in):
-        """Who looked at whom: {"encoder": (Le, B, H, S, S), "decoder": (Ld, B, H, T, T), "cross": (Ld, B, H, T, S)}"""
-        encoder, decoder, cross = [], [], []
-        self.decode(tgt_in, self.encode(src, encoder), src, decoder, cross)
-        return {"encoder": torch.stack(encoder), "decoder": torch.stack(decoder), "cross": torch.stack(cross)}
+@contextmanager
+def eval_mode(model):
+    """`with eval_mode(model):` is without dropout. Afterwards, even after an error, each part is as it was before."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
-    @classmethod
-    def from_torch(cls, module, config):
-        """A Transformer with the weights of a torch.nn.Transformer, which has no embeddings: those start fresh.
+def length_limits(model, src, max_len, min_len=0):
+    """How many ids, EOS included, each translation may have: max_len, or its source's length + 50 (§6.1). -> (B,)"""
+    lengths = (src != PAD).sum(1)
+    limits = (lengths + 50).clamp(min=min_len) if max_len is None else torch.full_like(lengths, max_len)
+    return limits.clamp(max=model.config.learned_positions) if model.config.learned_positions else limits
 
-        Post-norm is nn.Transformer's encoder and decoder without the extra norm at their ends (encoder.norm = None,
-        decoder.norm = None). Biases on the projections come along: attention_bias is set as the module has it.
-        Raises ValueError, naming the difference, if the module does not fit the config.
-        """
-        bias = module.encoder.layers[0].self_attn.in_proj_bias is not None
-        model = cls(replace(config, attention_bias=bias))
-        difference = _difference(module, model)
-        if difference:
-            raise ValueError(f"this torch.nn.Transformer does not fit the config: {difference}")
-        with torch.no_grad():
-            for ours, theirs in _weight_pairs(model, module):
-                ours.zero_() if theirs is None else ours.copy_(theirs)  # a bias that is missing there is zero here
-        return model
+@torch.no_grad()
+def greedy(model, src, max_len=None):
+    """The most probable next token, again and again, until it is EOS. (B, S) -> (B, L) int64 ids without BOS
 
-    def to_torch(self):
-        """The same encoder and decoder as a torch.nn.Transformer (batch_first), whose inputs are embedded already."""
-        c = self.config
-        module = nn.Transformer(c.d_model, c.n_heads, c.n_encoder_layers, c.n_decoder_layers, c.d_ff, c.dropout,
-                                batch_first=True, norm_first=c.norm_first)
-        if not c.norm_first:
-            module.encoder.norm = module.decoder.norm = None
-        with torch.no_grad():
-            for name, weight in module.named_parameters():
-                if name.endswith("bias"):
-                    weight.zero_()
-            for ours, theirs in _weight_pairs(self, module):
-                theirs.copy_(ours)
-        return module.train(self.training)
-
-
-def _weight_pairs(model, module):
-    """(weight of a Transformer, its place in a torch.nn.Transformer or None) for every weight but the embeddings."""
-    attentions, plain = [], []
-    for ours, theirs in zip(model.encoder, module.encoder.layers):
-        attentions += [(ours.self_attn, theirs.self_attn)]
-        plain += [(ours.ffn.w1, theirs.linear1), (ours.ffn.w2, theirs.linear2),
-                  (ours.add_norm1.norm, theirs.norm1), (ours.add_norm2.norm, theirs.norm2)]
-    for ours, theirs in zip(model.decoder, module.decoder.layers):
-        attentions += [(ours.self_attn, theirs.self_attn), (ours.cross_attn, theirs.multihead_attn)]
-        plain += [(ours.ffn.w1, theirs.linear1), (ours.ffn.w2, theirs.linear2), (ours.add_norm1.norm, theirs.norm1),
-                  (ours.add_norm2.norm, theirs.norm2), (ours.add_norm3.norm, theirs.norm3)]
-    if model.config.norm_first:
-        plain += [(model.encoder_norm, module.encoder.norm), (model.decoder_norm, module.decoder.norm)]
-    for ours, theirs in attentions:                                     # in_proj is W^Q, W^K and W^V in one tensor
-        D = model.config.d_model
-        plain += [(ours.out, theirs.out_proj)]
-        yield ours.q.weight, theirs.in_proj_weight[:D]
-        yield ours.kv.weight, theirs.in_proj_weight[D:]
-        if model.config.attention_bias:
-            yield ours.q.bias, theirs.in_proj_bias[:D]
-            yield ours.kv.bias, theirs.in_proj_bias[D:]
-    for ours, theirs in plain:
-        yield ours.weight, theirs.weight
-        if ours.bias is not None:
-            yield ours.bias, theirs.bias
-
-
-def _difference(module, model):
-    """The first thing in which a torch.nn.Transformer differs from a Transformer, as text, or None."""
-    c, layer = model.config, module.encoder.layers[0]
-    facts = [("d_model", c.d_model, module.d_model), ("n_heads", c.n_heads, module.nhead),
-             ("n_encoder_layers", c.n_encoder_layers, len(module.encoder.layers)),
-             ("n_decoder_layers", c.n_decoder_layers, len(module.decoder.layers)),
-             ("d_ff", c.d_ff, layer.linear1.out_features)]
-    for each in (*module.encoder.layers, *module.decoder.layers):
-        facts += [("norm_first", c.norm_first, each.norm_first),
-                  ("ReLU", True, each.activation in (F.relu, torch.relu) or isinstance(each.activation, nn.ReLU)),
-                  ("LayerNorm eps", model.encoder[0].add_norm1.norm.eps, each.norm1.eps)]
-    facts += [("a final norm", c.norm_first, stack.norm is not None) for stack in (module.encoder, module.decoder)]
-    return next((f"{name} is {theirs} there and {ours} here" for name, ours, theirs in facts if ours != theirs), None)
-
-
-# -----------------------------------------------------------------------------
-# §6.1 Decoding: beam search over cached keys and values
-
-class PackedLinear(nn.Module):
-    """A Linear layer with its weights in the order in which a CPU's matrix kernels read them.
-
-    A step multiplies few rows with many weights: to sort the weights for each product takes longer than the product.
+    This is all that decoding is. It computes the whole target so far anew for each token, so it is slow; but it shows
+    what beam_search has to give for beam_size=1. Rows end with EOS, by force where they reach their limit, then PAD.
     """
-
-    def __init__(self, linear):
-        super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 32), linear.bias
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def packed(model):
-    """The decoder layers and the output matrix with their weights packed, where that is possible, for one search.
-
-    The copies share all other parameters with the model. One to two times faster steps, for the time of one step.
-    """
-    weight, kinds = model.output.weight, [torch.float32]
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        kinds.append(torch.bfloat16)
-    if weight.device.type != "cpu" or weight.dtype not in kinds or "AVX" not in torch.backends.cpu.get_cpu_capability():
-        return model.decoder, model.output
-    # deepcopy takes from this table, by identity, what it is not to copy.
-    instead = {id(w): w for w in model.parameters()}
-    instead |= {id(part): PackedLinear(part) for part in model.modules() if isinstance(part, nn.Linear)}
-    return copy.deepcopy((model.decoder, model.output), instead)
-
+    limits = length_limits(model, src, max_len)
+    ids, length = src.new_full((len(src), 1), BOS), 0
+    with eval_mode(model):
+        memory = model.encode(src)
+        while not (ended := (ids == EOS).any(1)).all():
+            length += 1
+            states = model.decode(ids, memory, src)                     # (B, length, D)
+            token = EOS + model.output(states[:, -1])[:, EOS:].argmax(-1)       # (B,): any id but PAD and BOS
+            token = token.masked_fill(limits == length, EOS).masked_fill(ended, PAD)
+            ids = torch.cat((ids, token[:, None]), 1)
+    return ids[:, 1:]
 
 class Cache:
-    """What decoding need not compute again: the keys and values of the source and of every position so far.
+    """The keys and values of the source and of all positions so far: what a step of decoding need not compute again.
 
-    All memory is allocated here, once. The N hypotheses (beams) of a sentence share it: they are N queries in the place
-    where training has T, so cross-attention needs no copy of the memory for each. In self-attention each step
-    writes its N keys side by side, (B, H, L·N, K) in the end, and `visible` says which of them lie in a hypothesis's
-    own past. When beams are re-ordered, only that small table of booleans moves; keys and values stay where they are.
+    The N hypotheses (beams) of a sentence are N queries in the place where training has T, so all of them look at one
+    copy of the memory. In self-attention every step writes its N keys side by side, and `visible` says which of them
+    lie in a beam's own past. Two beams, three steps; a row for each beam, a column for each key, 1 for "sees it":
+
+        step       1   2   3
+        beam      0 1 0 1 0 1
+        beam 0    1 0 1 0 1 0
+        beam 1    0 1 0 1 0 1
+
+    Now both of the best continuations come from beam 1, so beam 0 takes over its past: reorder(parents=[1, 1]). Only
+    these booleans move; the keys and values stay where they are. The fourth step opens with a new key for each beam:
+
+        step       1   2   3   4
+        beam      0 1 0 1 0 1 0 1
+        beam 0    0 1 0 1 0 1 1 0
+        beam 1    0 1 0 1 0 1 0 1
     """
 
     def __init__(self, model, memory, src, n_beams, max_len):
-        self.decoder, self.output = packed(model)
-        # Contiguous, heads outermost: otherwise each step would copy them all once more before it multiplies. A CPU is
-        # slow with many small products in bfloat16, so there keys and values are in float32: a tenth of a step.
-        kind = memory.dtype if memory.is_cuda else torch.float32
-        keys_values = [layer.cross_attn.keys_values(memory) for layer in model.decoder]
-        self.memory_kv = [tuple(x.to(kind).contiguous() for x in kv) for kv in keys_values]
-        self.memory_mask = (src != PAD)[:, None, None, :] if (src == PAD).any() else None
-        B, (_, H, _, K) = src.size(0), self.memory_kv[0][0].shape
-        empty = lambda: memory.new_empty(B, H, max_len * n_beams, K, dtype=kind)
-        self.self_kv = [(empty(), empty()) for _ in model.decoder]
-        self.visible = torch.zeros(B, n_beams, max_len * n_beams, dtype=torch.bool, device=src.device)
+        """Takes all its memory here, once, for max_len steps. memory: (B, S, D), what model.encode(src) returned."""
         self.n_beams, self.length = n_beams, 0
+        # Contiguous, heads outermost: otherwise every step would copy them once more before it multiplies.
+        self.memory_kv = [[x.contiguous() for x in layer.cross_attn.keys_values(memory)] for layer in model.decoder]
+        self.memory_mask = (src != PAD)[:, None, None, :] if (src == PAD).any() else None       # (B, 1, 1, S)
+        B, H, _, K = self.memory_kv[0][0].shape
+        empty = lambda like: like.new_empty(B, H, max_len * n_beams, K)
+        self.self_kv = [(empty(k), empty(v)) for k, v in self.memory_kv]
+        self.visible = torch.zeros(B, n_beams, max_len * n_beams, dtype=torch.bool, device=src.device)
 
-    def begin_step(self):
-        """Opens the next position: every beam may see its own new key."""
-        here = slice(self.length * self.n_beams, (self.length + 1) * self.n_beams)
-        self.visible[:, :, here] = torch.eye(self.n_beams, dtype=torch.bool, device=self.visible.device)
+    def open_position(self):
+        """Makes room for the next position: every beam will see its own new key, and no other beam's."""
+        new = slice(self.length * self.n_beams, (self.length + 1) * self.n_beams)
+        self.visible[:, :, new] = torch.eye(self.n_beams, dtype=torch.bool, device=self.visible.device)
         self.length += 1
 
     def append(self, layer, k, v):
-        """Stores the keys and values of the newest position, (B, H, N, K) each; returns those of all so far."""
+        """Stores the keys and values of the newest position, (B, H, N, K) each; returns all so far, and their mask."""
         end = self.length * self.n_beams
-        for buffer, new in zip(self.self_kv[layer], (k, v)):
-            buffer[:, :, end - self.n_beams:end] = new
-        return tuple(buffer[:, :, :end] for buffer in self.self_kv[layer])
-
-    def mask(self):
-        """(B, 1, N, length·N), or None where a single beam sees all there is."""
-        return self.visible[:, None, :, :self.length * self.n_beams] if self.n_beams > 1 else None
+        for buffer, newest in zip(self.self_kv[layer], (k, v)):
+            buffer[:, :, end - self.n_beams:end] = newest
+        mask = self.visible[:, None, :, :end] if self.n_beams > 1 else None     # a single beam sees all there is
+        return tuple(buffer[:, :, :end] for buffer in self.self_kv[layer]), mask
 
     def reorder(self, parents):
-        """Beam n continues what was beam parents[:, n]. (B, N)"""
+        """Beam n becomes a continuation of what was beam parents[:, n]. (B, N)"""
         self.visible = self.visible.gather(1, parents[..., None].expand_as(self.visible))
 
-    def keep(self, rows):
-        """Drops all sentences but `rows`: finished ones cost nothing more."""
+    def select(self, rows):
+        """Keeps the sentences `rows` (a boolean for each), so that finished ones cost nothing more."""
         self.memory_kv = [(k[rows], v[rows]) for k, v in self.memory_kv]
         self.self_kv = [(k[rows], v[rows]) for k, v in self.self_kv]
         self.visible = self.visible[rows]
-        if self.memory_mask is not None:
-            self.memory_mask = self.memory_mask[rows]
+        self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
 
+def next_log_probs(model, newest, cache):
+    """log P(next token) for each of N hypotheses a sentence, from their newest tokens. (B, N) -> (B, N, V), float32
 
-def next_log_probs(model, tokens, cache):
-    """log P of every continuation of N hypotheses a sentence, given their last tokens. (B, N) -> (B, N, V), float32"""
-    cache.begin_step()
-    x = model.embed_tgt(tokens.flatten()[:, None], cache.length - 1).view(*tokens.shape, -1)    # (B, N, D)
-    for i, layer in enumerate(cache.decoder):
-        x = layer.step(x, cache, i)                                     # (B, N, D)
-    return cache.output(model.decoder_norm(x)).log_softmax(-1, dtype=torch.float32)     # (B, N, V)
+    This is Transformer.decode for one position. Where that one computes keys and values, this one asks the cache.
+    """
+    cache.open_position()
+    x = model.embed(newest.view(-1, 1), model.embedding, model.learned_tgt, cache.length - 1).view(*newest.shape, -1)
+    for i, layer in enumerate(model.decoder):                           # as in DecoderLayer.forward:
+        own, cross = layer.self_attn, layer.cross_attn
+        x = layer.add_norm1(x, lambda y: own(y, *cache.append(i, *own.keys_values(y))))
+        x = layer.add_norm2(x, lambda y: cross(y, cache.memory_kv[i], cache.memory_mask))
+        x = layer.add_norm3(x, layer.ffn)                               # (B, N, D)
+    return model.output(model.decoder_norm(x)).log_softmax(-1, dtype=torch.float32)             # (B, N, V)
 
-
-@torch.inference_mode()
+@torch.no_grad()
 def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_len=0, n_best=1):
     """The best translations a beam can find. §6.1, with the length penalty of GNMT (Wu et al., 2016, Eq. 14).
 
-    src: (B, S) ids. Returns (B, L) int64 ids without BOS, each row ending with EOS, then PAD, and (B,) float32 scores,
-    log P(ids | src) / ((5 + n) / 6)^length_penalty, where n counts the ids, EOS included. With n_best > 1 both get
-    an axis after the first, best first: (B, n_best, L) and (B, n_best), rows of PAD with score -inf where the beam
-    found fewer. max_len and min_len count ids, EOS included; max_len=None is the paper's limit, source length + 50.
-    beam_size=1 is greedy decoding. A sentence's result does not depend on the rest of the batch.
-    Raises ValueError for sizes that make no sense.
+    src: (B, S) ids, each row ending with EOS, then PAD. Returns ids, (B, L) int64 without BOS, in the same form, and
+    float32 scores, (B,): log P(ids | src) / ((5 + n) / 6)^length_penalty, where n counts the ids with EOS. beam_size=1
+    is greedy decoding. With n_best > 1 both get an axis after the first, best first: (B, n_best, L) and (B, n_best);
+    a row where the beam found fewer is PAD, its score -inf. max_len and min_len count ids with EOS; max_len=None is
+    the paper's limit, source length + 50. No translation is longer than the positions that a model has learned, and
+    none depends on the rest of the batch. Raises ValueError for sizes that make no sense.
     """
-    if beam_size < 1 or not 1 <= n_best <= beam_size:
-        raise ValueError(f"expected 1 <= n_best <= beam_size, got n_best={n_best}, beam_size={beam_size}")
-    if max_len is not None and max_len < max(min_len, 1):
-        raise ValueError(f"max_len must be at least 1 and at least min_len, got max_len={max_len}, min_len={min_len}")
-    training, device = model.training, src.device
-    model.eval()
-    B, N, V = src.size(0), beam_size, model.config.vocab_size
-    n_src = (src != PAD).sum(1)                                         # each sentence has a limit of its own
-    limit = (n_src + 50).clamp(min=min_len) if max_len is None else torch.full_like(n_src, max_len)
-    limits = set(limit.tolist())
-    longest = max(limits, default=0)
+    if not 1 <= n_best <= beam_size or max_len is not None and max_len < max(min_len, 1):
+        raise ValueError(f"expected 1 <= n_best <= beam_size and 1 <= max_len >= min_len, got n_best={n_best}, "
+                         f"beam_size={beam_size}, max_len={max_len}, min_len={min_len}")
+    limits = length_limits(model, src, max_len, min_len)                # (B,): each sentence has one of its own
+    stops = set(limits.tolist())                                        # the lengths at which some sentence must end
+    longest = max(stops, default=0)
     penalty = lambda n: ((5 + n) / 6) ** length_penalty
-    cache = Cache(model, model.encode(src), src, N, longest)
+    B, N, V, device = len(src), beam_size, model.config.vocab_size, src.device
 
-    # Hypotheses still growing. All N start as the same BOS, so only the first counts, or the beam would hold N twins.
-    ids = src.new_full((B, N, longest), PAD)
-    logp = torch.full((B, N), -math.inf, device=device)
-    logp[:, 0] = 0
-    tokens = src.new_full((B, N), BOS)
-    # The n best that have ended, and for each row in work the sentence it belongs to.
-    best_ids = src.new_full((B, n_best, longest), PAD)
-    best_scores = torch.full((B, n_best), -math.inf, device=device)
-    row = torch.arange(B, device=device)
-    final_ids, final_scores = best_ids.clone(), best_scores.clone()
+    with eval_mode(model):
+        cache = Cache(model, model.encode(src), src, N, longest)
+        # The beam: hypotheses that still grow. All N start as the same BOS, so only the first may count: otherwise the
+        # beam would hold the same hypothesis N times, for ever.
+        beam = torch.full((B, N, longest), PAD, device=device)
+        log_prob = torch.full((B, N), -math.inf, device=device)
+        log_prob[:, 0] = 0
+        newest = torch.full((B, N), BOS, device=device)
+        # The best that have ended, for each sentence of src; and for each row in work, the sentence it belongs to.
+        result = torch.full((B, n_best, longest), PAD, device=device)
+        result_score = torch.full((B, n_best), -math.inf, device=device)
+        sentence = torch.arange(B, device=device)
+        pick = lambda ids, index: ids.gather(1, index[..., None].expand(-1, -1, longest))       # whole hypotheses
 
-    for n in range(1, longest + 1):
-        step = next_log_probs(model, tokens, cache)                     # (B, N, V)
-        step[..., :EOS] = -math.inf                                     # PAD and BOS are never proposed
-        if n < min_len:
-            step[..., EOS] = -math.inf
-        if n in limits:                                                 # at its limit a hypothesis can only end
-            step[limit == n, :, EOS + 1:] = -math.inf
+        for length in range(1, longest + 1):
+            total = next_log_probs(model, newest, cache)                # (B, N, V)
+            total[..., :EOS] = -math.inf                                # PAD and BOS are never proposed
+            if length in stops:                                         # at its limit a hypothesis can only end
+                total[limits == length, :, EOS + 1:] = -math.inf
+            elif length < min_len:
+                total[..., EOS] = -math.inf
 
-        # 2N candidates: even if N of them end here, N are left to go on.
-        score, index = step.add_(logp[..., None]).flatten(1).topk(min(2 * N, N * V))    # (B, 2N), best first
-        parent, token = index // V, index % V
-        ends = token == EOS
+            # The 2N best continuations: even if N of them end here, N are left to go on.
+            total, index = total.add_(log_prob[..., None]).flatten(1).topk(min(2 * N, N * V))   # (B, 2N), best first
+            parent, token = index // V, index % V
+            ends = token == EOS
 
-        # Those that end have to be among the N best: with N = 1, greedy, EOS must be the best token of all.
-        ended = torch.where(ends, score / penalty(n), -math.inf)[:, :N]
-        ended_ids = ids.gather(1, parent[:, :N, None].expand(-1, -1, longest))
-        ended_ids[:, :, n - 1] = EOS
-        best_scores, keep = torch.cat((best_scores, ended), 1).topk(n_best)
-        best_ids = torch.cat((best_ids, ended_ids), 1).gather(1, keep[..., None].expand(-1, -1, longest))
+            # Those that end have to be among the N best: with N = 1, greedy, EOS must be the best token of all.
+            score = torch.where(ends, total / penalty(length), -math.inf)[:, :N]
+            complete = pick(beam, parent[:, :N])
+            complete[:, :, length - 1] = EOS
+            best_score, index = torch.cat((result_score[sentence], score), 1).topk(n_best)
+            result[sentence] = pick(torch.cat((result[sentence], complete), 1), index)
+            result_score[sentence] = best_score
 
-        # The best N of the others are the new beam.
-        logp, keep = score.masked_fill(ends, -math.inf).topk(N)
-        parent, tokens = parent.gather(1, keep), token.gather(1, keep)
-        ids = ids.gather(1, parent[..., None].expand(-1, -1, longest))
-        ids[:, :, n - 1] = tokens
-        if N > 1:
+            # The best N of the others are the new beam.
+            log_prob, index = total.masked_fill(ends, -math.inf).topk(N)
+            parent, newest = parent.gather(1, index), token.gather(1, index)
+            beam = pick(beam, parent)
+            beam[:, :, length - 1] = newest
             cache.reorder(parent)
 
-        # log P only falls. Divided by the largest penalty still to come, it bounds what a growing hypothesis can reach.
-        bound = logp[:, 0] / penalty(limit.float()).clamp(min=penalty(n + 1))
-        done = best_scores[:, -1] >= bound
-        if N == 1:
-            done |= ends[:, 0]
-        logp.masked_fill_(done[:, None], -math.inf)                     # nothing found after this could count
-        n_done = int(done.sum())
-        if n_done == len(row) or 4 * n_done >= len(row):                # finished sentences leave, a quarter at a time
-            final_ids[row[done]], final_scores[row[done]] = best_ids[done], best_scores[done]
-            if n_done == len(row):
+            # log P only falls. Divided by the largest penalty still to come, it bounds what the beam can still reach.
+            bound = log_prob[:, 0] / penalty(limits.float()).clamp(min=penalty(length + 1))
+            done = (best_score[:, -1] >= bound) | (ends[:, 0] if N == 1 else False)     # greedy ends at its first EOS
+            log_prob.masked_fill_(done[:, None], -math.inf)             # what a finished sentence still finds is void
+            n_done = int(done.sum())
+            if n_done == len(done):
                 break
-            left = ~done
-            row, limit, logp, tokens, ids = row[left], limit[left], logp[left], tokens[left], ids[left]
-            best_ids, best_scores = best_ids[left], best_scores[left]
-            cache.keep(left)
+            if 4 * n_done >= len(done):                                 # finished sentences leave, a quarter at a time
+                cache.select(left := ~done)
+                sentence, limits, beam, log_prob, newest = (x[left] for x in (sentence, limits, beam, log_prob, newest))
 
-    final_ids.masked_fill_(final_scores[..., None] == -math.inf, PAD)
-    final_ids = final_ids[..., :int((final_ids != PAD).sum(-1).max()) if B else 0]
-    model.train(training)
-    return (final_ids[:, 0], final_scores[:, 0]) if n_best == 1 else (final_ids, final_scores)
+    result.masked_fill_(result_score[..., None] == -math.inf, PAD)
+    result = result[..., :int((result != PAD).sum(-1).max()) if B else 0]
+    return (result[:, 0], result_score[:, 0]) if n_best == 1 else (result, result_score)
 
+# ---- From torch.nn.Transformer and back --------------------------------------
+
+# Our names of weights, and its own. Its in_proj is W^Q, W^K and W^V in one matrix, of which our q is the first third.
+TORCH_NAMES = (("coder.", "coder.layers."), ("add_norm", "norm"), (".norm.", "."), ("coder_norm", "coder.norm"),
+               ("cross_attn", "multihead_attn"), (".out.", ".out_proj."), (".q.", ".in_proj_"), (".kv.", ".in_proj_"),
+               ("ffn.w", "linear"))
+
+def pairs_of_weights(model, module):
+    """(ours, the same weight of a torch.nn.Transformer, or None if it lacks that), for all but embedding and output."""
+    places, D = dict(module.named_parameters()), model.config.d_model
+    for name, ours in model.named_parameters():
+        if name.startswith(("encoder", "decoder")):
+            part = slice(D) if ".q." in name else slice(D, None) if ".kv." in name else slice(None)
+            for old, new in TORCH_NAMES:
+                name = name.replace(old, new)
+            yield ours, places[name][part] if name in places else None
+
+@torch.no_grad()
+def from_torch(module, config):
+    """A Transformer with the weights of a torch.nn.Transformer, which has no embeddings: those start fresh.
+
+    Its biases on the projections (attention_bias) and the norms at the end of its post-norm stacks (final_norms), both
+    of which the paper lacks, come along. Raises ValueError, naming the difference, if it does not fit the config.
+    """
+    layers, final = (*module.encoder.layers, *module.decoder.layers), module.encoder.norm is not None
+    bias = layers[0].self_attn.in_proj_bias is not None
+    c = replace(config, attention_bias=bias, final_norms=final and not config.norm_first)
+    facts = [("d_model", c.d_model, module.d_model), ("n_heads", c.n_heads, module.nhead),
+             ("n_encoder_layers", c.n_encoder_layers, len(module.encoder.layers)),
+             ("n_decoder_layers", c.n_decoder_layers, len(module.decoder.layers)),
+             ("a final norm", c.norm_first or final, final), ("a final norm", final, module.decoder.norm is not None)]
+    for layer in layers:
+        relu = layer.activation in (F.relu, torch.relu) or isinstance(layer.activation, nn.ReLU)
+        facts += [("norm_first", c.norm_first, layer.norm_first), ("d_ff", c.d_ff, layer.linear1.out_features),
+                  ("ReLU", True, relu), ("LayerNorm eps", nn.LayerNorm(1).eps, layer.norm1.eps)]
+    for name, ours, theirs in facts:
+        if ours != theirs:
+            raise ValueError(f"this torch.nn.Transformer doesn't fit the config: {name} is {theirs} there, {ours} here")
+    model = Transformer(c)
+    for ours, theirs in pairs_of_weights(model, module):
+        ours.zero_() if theirs is None else ours.copy_(theirs)          # a bias that is missing there is zero here
+    return model
+
+@torch.no_grad()
+def to_torch(model):
+    """The same encoder and decoder as a torch.nn.Transformer (batch_first), whose inputs are embedded already."""
+    c = model.config
+    module = nn.Transformer(c.d_model, c.n_heads, c.n_encoder_layers, c.n_decoder_layers, c.d_ff, c.dropout,
+                            batch_first=True, norm_first=c.norm_first)
+    if not (c.norm_first or c.final_norms):
+        module.encoder.norm = module.decoder.norm = None
+    for ours, theirs in pairs_of_weights(model, module):
+        theirs.copy_(ours)                                              # biases that are missing here start as zeros
+    return module.train(model.training)
+
+# Both are also methods: Transformer.from_torch(module, config) and model.to_torch().
+Transformer.from_torch, Transformer.to_torch = staticmethod(from_torch), to_torch
 
 # =============================================================================
 # THE MODEL ENDS HERE. What follows is text, files and the command line.
 # =============================================================================
 
-import argparse
-import ctypes
+import copy
 import difflib
 import heapq
 import io
 import os
 import re
-import select
 import sys
 import zipfile
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 
-# -----------------------------------------------------------------------------
-# §5.1 Text: byte-level byte-pair encoding (Sennrich et al., 2016), shared by both languages
+# ---- §5.1 Text: byte-level byte-pair encoding (Sennrich et al., 2016), shared by both languages ----
+
+def merge(ids, pair, new):
+    """Every occurrence of pair in ids, from the left, becomes new.
+
+    >>> merge([1, 2, 1, 2, 1], (1, 2), new=9)
+    [9, 9, 1]
+    """
+    out = []
+    for i in ids:
+        if out and (out[-1], i) == pair:
+            out[-1] = new
+        else:
+            out.append(i)
+    return out
 
 class Tokenizer:
     """Text to ids and back. Ids 0, 1, 2 are PAD, BOS, EOS; 3..258 are the 256 bytes; the rest are merges, in order.
 
-    `merges` is a list of pairs of ids: the i-th pair of neighbours becomes the one id 259 + i. An example:
+    `merges` is a list of pairs of ids: the i-th pair of neighbours becomes the one id 259 + i. Byte b is id b + 3, so
+    "a" is 100, "b" is 101, and a space, which the first word gets as well, is 35:
 
-        merges = [(100, 104)] turns "ab" (ids 100, 104: byte + 3) into 259, and then "aab" into 100, 259.
+    >>> Tokenizer([(100, 101)]).encode("aab ab")
+    [35, 100, 259, 35, 259]
 
-    Because every byte has an id, every string has an encoding, and decode(encode(s)) == s. The names of the special
-    symbols have no meaning in text: encode never returns an id below 3.
+    Every byte has an id, so every string has an encoding, and decode(encode(s)) == s. No text becomes an id below 3.
     """
 
-    N_SPECIAL = 3
     # A word takes the space before it along. Words end at 32 characters, so that no input can make merging slow.
-    MAX_BYTES = 33 * 4
     WORD = re.compile(r" ?\w{1,32}| ?[^\w\s]{1,32}|\s{1,32}(?!\S)|\s")
 
     def __init__(self, merges):
         self.merges = [(int(a), int(b)) for a, b in merges]
-        self.bytes = [b""] * self.N_SPECIAL + [bytes([i]) for i in range(256)]      # id -> the bytes it stands for
+        self.bytes = [b""] * 3 + [bytes([i]) for i in range(256)]      # id -> the bytes it stands for
         for i, (a, b) in enumerate(self.merges):
-            if not (self.N_SPECIAL <= a < len(self.bytes) and self.N_SPECIAL <= b < len(self.bytes)):
+            if not (3 <= a < len(self.bytes) and 3 <= b < len(self.bytes)):
                 raise ValueError(f"merge {i} joins ids {a} and {b}, expected ids from 3 to {len(self.bytes) - 1}")
             self.bytes.append(self.bytes[a] + self.bytes[b])
-            if len(self.bytes[-1]) > self.MAX_BYTES:                    # else 60 merges in a bad file fill any memory
-                raise ValueError(f"merge {i} makes {len(self.bytes[-1])} bytes, expected {self.MAX_BYTES} at most")
-        self.rank = {pair: self.N_SPECIAL + 256 + i for i, pair in enumerate(self.merges)}
+            if len(self.bytes[-1]) > 33 * 4:                            # else 60 merges in a bad file fill any memory
+                raise ValueError(f"merge {i} makes {len(self.bytes[-1])} bytes, more than any word has")
+        self.joined = {pair: 259 + i for i, pair in enumerate(self.merges)}
         self.cache = {}                                                 # word -> its ids: text repeats its words
 
     def __len__(self):
@@ -699,63 +629,47 @@ class Tokenizer:
 
     @classmethod
     def words(cls, text):
-        """Text cut into the pieces that merges never cross. The first word gets a space too, so that it has the same
-        ids as in the middle of a sentence; decode takes it off again."""
+        """Text cut into the pieces that merges never cross; the first gets a space, as in the middle of a sentence."""
         return cls.WORD.findall(" " + text) if text else []
 
     @classmethod
     def train(cls, lines, vocab_size):
-        """Learns merges from an iterable of strings until there are vocab_size ids, or no pair occurs twice."""
-        counts = Counter()
-        for line in lines:
-            counts.update(cls.words(line))
-        return cls.from_word_counts(counts, vocab_size)
+        """Learns merges from strings, or a Counter of words, until there are vocab_size ids or no pair occurs twice.
 
-    @classmethod
-    def from_word_counts(cls, counts, vocab_size):
-        """Merges the most frequent pair of neighbours, again and again. Ties go to the pair with the smaller ids.
-
-        Counting all pairs anew for each merge would take hours: a merge changes the counts only in the words it occurs
-        in, so those are remembered (`where`), and a heap gives the next pair. Its entries may be out of date; such an
-        entry is pushed back with the count of today when it comes up.
+        The most frequent pair of neighbours is merged, again and again; of equals, the pair with the smaller ids. To
+        count all pairs anew each time would take hours. A merge changes the counts only in the words it occurs in, so
+        those are remembered (`where`), and a heap gives the next pair; an entry that is out of date goes back into it.
         """
-        smallest = cls.N_SPECIAL + 256
-        if vocab_size < smallest:
-            raise ValueError(f"vocab_size must be at least {smallest} (3 special ids and 256 bytes), got {vocab_size}")
-        words = [[b + cls.N_SPECIAL for b in word.encode("utf-8", "surrogatepass")] for word in counts]
+        if vocab_size < 259:
+            raise ValueError(f"vocab_size must be at least 259 (3 special ids and 256 bytes), got {vocab_size}")
+        counts = lines if isinstance(lines, Counter) else Counter(word for line in lines for word in cls.words(line))
+        words = [[3 + byte for byte in word.encode("utf-8", "surrogatepass")] for word in counts]
         weights = list(counts.values())
         total, where = Counter(), defaultdict(set)                      # pair -> occurrences; pair -> words it is in
         for i, word in enumerate(words):
             for pair in zip(word, word[1:]):
                 total[pair] += weights[i]
                 where[pair].add(i)
-        heap = [(-n, pair) for pair, n in total.items()]
+        heap, merges = [(-n, pair) for pair, n in total.items()], []
         heapq.heapify(heap)
-        merges = []
-        while heap and smallest + len(merges) < vocab_size:
+        while heap and 259 + len(merges) < vocab_size:
             n, pair = heapq.heappop(heap)
             if -n != total[pair]:
-                if total[pair] > 1:
-                    heapq.heappush(heap, (-total[pair], pair))
-                continue
-            if -n < 2:
-                break
-            new = smallest + len(merges)
-            merges.append(pair)
-            grown = set()
-            for i in where.pop(pair):
-                word, weight = words[i], weights[i]
-                for old in zip(word, word[1:]):
-                    total[old] -= weight
-                words[i] = word = merge(word, pair, new)
-                for fresh in zip(word, word[1:]):
-                    total[fresh] += weight
-                    if new in fresh:
-                        where[fresh].add(i)
-                        grown.add(fresh)
-            del total[pair]
-            for fresh in grown:
-                heapq.heappush(heap, (-total[fresh], fresh))
+                heapq.heappush(heap, (-total[pair], pair))
+            elif n < -1:
+                new, grown = 259 + len(merges), set()
+                merges.append(pair)
+                for i in where.pop(pair):
+                    for old in zip(words[i], words[i][1:]):
+                        total[old] -= weights[i]
+                    words[i] = merge(words[i], pair, new)
+                    for fresh in zip(words[i], words[i][1:]):
+                        total[fresh] += weights[i]
+                        if new in fresh:
+                            where[fresh].add(i)
+                            grown.add(fresh)
+                for fresh in grown:
+                    heapq.heappush(heap, (-total[fresh], fresh))
         return cls(merges)
 
     def encode(self, text):
@@ -764,10 +678,10 @@ class Tokenizer:
         for word in self.words(text):
             piece = self.cache.get(word)
             if piece is None:
-                piece = [b + self.N_SPECIAL for b in word.encode("utf-8", "surrogatepass")]
-                while pairs := [pair for pair in zip(piece, piece[1:]) if pair in self.rank]:
-                    pair = min(pairs, key=self.rank.get)
-                    piece = merge(piece, pair, self.rank[pair])
+                piece = [3 + byte for byte in word.encode("utf-8", "surrogatepass")]
+                while pairs := [pair for pair in zip(piece, piece[1:]) if pair in self.joined]:
+                    first = min(pairs, key=self.joined.get)
+                    piece = merge(piece, first, self.joined[first])
                 if len(self.cache) < 1_000_000:
                     self.cache[word] = piece
             ids.extend(piece)
@@ -783,37 +697,18 @@ class Tokenizer:
         except UnicodeDecodeError:
             return data.decode("utf-8", "replace")
 
-
-def merge(ids, pair, new):
-    """Every occurrence of pair in ids, from the left, becomes new. merge([1, 2, 1, 2], (1, 2), 9) == [9, 9]"""
-    out, i = [], 0
-    while i < len(ids):
-        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
-            out.append(new)
-            i += 2
-        else:
-            out.append(ids[i])
-            i += 1
-    return out
-
-
-# -----------------------------------------------------------------------------
-# Checkpoints: tensors and plain values, nothing that could run
+# ---- Checkpoints: tensors and plain values, nothing that could run ----------
 
 FORMAT = "attention-is-all-you-need/1"
 
-
 def write_atomically(path, content):
-    """Puts content, bytes or anything torch.save takes, in a file beside path, flushes it to disk, and only then gives
-    it path's name. Whenever the power goes, path is the old file or the new one, whole."""
-    if not isinstance(content, bytes):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        content = buffer.getbuffer()
-    path = os.path.realpath(path)
+    """Puts content, anything torch.save takes, in a file beside path, flushes it to disk, and only then gives it path's
+    name. Whenever the power goes, path is the old file or the new one, whole. Raises OSError with the path."""
+    buffer, path = io.BytesIO(), os.path.realpath(path)
+    torch.save(content, buffer)
     try:
         with open(path + ".tmp", "wb") as f:
-            f.write(content)
+            f.write(buffer.getbuffer())
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
@@ -822,18 +717,14 @@ def write_atomically(path, content):
             os.remove(path + ".tmp")
         raise OSError(error.errno, error.strerror, path) from None      # "No space left on device", and where
 
-
 def save(path, model, tokenizer=None):
     """Writes the model, its config and its tokenizer to one file, atomically. Raises OSError if it can't."""
     merges = None if tokenizer is None else torch.tensor(tokenizer.merges, dtype=torch.int32).view(-1, 2)
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
-    write_atomically(path, {"format": FORMAT, "config": asdict(model.config), "model": weights, "merges": merges})
-
+    write_atomically(path, {"format": FORMAT, "config": vars(model.config), "model": weights, "merges": merges})
 
 def read_checkpoint(path):
     """The dict that write_atomically wrote, if every bit of it is still right. Raises ValueError in one line if not."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"cannot read {path}: it is not a file")
     try:
         with zipfile.ZipFile(path) as archive:          # torch.load checks no checksum: a flipped bit would be a weight
             if archive.testzip() is not None:
@@ -844,40 +735,26 @@ def read_checkpoint(path):
     except Exception:       # both raise half a dozen types for bytes that are not their own; the meaning is one
         raise ValueError(f"{path} is not a checkpoint, or it is damaged") from None
 
-
 def load(path, device="cpu"):
     """Reads what `save` wrote. -> (model in eval mode, tokenizer or None). Raises ValueError, one line, if it can't."""
     checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-        raise ValueError(f"{path}: expected a checkpoint of format {FORMAT!r}, got {found!r}")
     try:
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT!r}, got {checkpoint['format']!r}")
         config = Config(**checkpoint["config"])
         if config.n_encoder_layers + config.n_decoder_layers > len(checkpoint["model"]):
             raise ValueError("the config has more layers than there are weights")
-        with torch.device("meta"):                                     # no memory is taken for sizes nobody has checked
+        with torch.device("meta"):                                      # no memory is taken for sizes not checked yet
             model = Transformer(config)
         model.load_state_dict(checkpoint["model"], assign=True)
         if config.tied_output:
             model.output.weight = model.embedding.weight
-        model.requires_grad_(True)
         tokenizer = None if checkpoint["merges"] is None else Tokenizer(checkpoint["merges"].tolist())
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: its config and weights don't fit this transformer.py: {reason}") from None
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit this transformer.py: {str(error).splitlines()[0]}") from None
     return model.to(device).eval(), tokenizer
 
-
-# -----------------------------------------------------------------------------
-# Translation: text in, text out
-
-def pad_rows(rows, device="cpu"):
-    """Lists of ids -> one (B, longest) int64 tensor, filled up with PAD on the right."""
-    out = torch.full((len(rows), max(map(len, rows), default=0)), PAD)
-    for i, row in enumerate(rows):
-        out[i, :len(row)] = torch.tensor(row, dtype=torch.int64)
-    return out.to(device)
-
+# ---- A loaded model, made fast on this machine ------------------------------
 
 def has_bfloat16(device):
     """Does this device multiply bfloat16 in hardware? Where it only imitates that, float32 is faster."""
@@ -885,19 +762,46 @@ def has_bfloat16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
+class PackedLinear(nn.Module):
+    """A Linear layer with its weights in the order in which a CPU's matrix kernels read them. A step of decoding
+    multiplies few rows with many weights: to sort the weights takes longer than the product."""
 
-def keep_freed_memory():
-    """Asks the C library to keep large blocks when they are freed, where it is glibc.
+    def __init__(self, linear, out_dtype):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 32), linear.bias
+        self.out_dtype = out_dtype
 
-    Otherwise each goes back to the system and comes again page by page, zeroed: an eighth of a training step on a CPU.
+    def forward(self, x):
+        x = x.to(self.weight.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "").to(self.out_dtype)
+
+def for_inference(model, dtype="auto"):
+    """A copy of the model to translate with, in eval mode and on the same device; the model itself stays as it is.
+
+    dtype: "float32", "bfloat16", or "auto", which is bfloat16 where the hardware has it; else ValueError. On a CPU that
+    allows it the weights are packed, so the copy can't be trained or saved.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)                                            # M_MMAP_THRESHOLD: smaller ones go to the heap
-        mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD: and the heap never shrinks
-    except (OSError, AttributeError, TypeError):
-        pass
+    device = model.embedding.weight.device
+    dtype = dtype if dtype != "auto" else "bfloat16" if has_bfloat16(device) else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or auto, got {dtype!r}")
+    fast = copy.deepcopy(model).to(getattr(torch, dtype)).eval().requires_grad_(False)
+    on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    packs = on_cpu and "AVX" in torch.backends.cpu.get_cpu_capability() and (dtype == "float32" or has_bfloat16(device))
+    for parent in list(fast.modules()) if packs else []:
+        # A subclass of Linear may compute something else, so it stays as it is.
+        linears = {name: part for name, part in parent.named_children() if type(part) is nn.Linear}
+        for name, linear in linears.items():
+            # A CPU is slow with many small products in bfloat16, so queries, keys and values are float32.
+            wide = name != "out" and linears.keys() == {"q", "kv", "out"}
+            setattr(parent, name, PackedLinear(linear, torch.float32 if wide else linear.weight.dtype))
+    return fast
 
+# ---- Translation: text in, text out -----------------------------------------
+
+def pad_rows(rows, device="cpu"):
+    """Lists of ids -> one (B, longest) int64 tensor, filled up with PAD on the right."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, PAD).to(device)
 
 def translate(model, tokenizer, lines, beam_size=4, length_penalty=0.6, batch_tokens=4096, n_best=1, max_src=1024):
     """Translations of a list of strings, in order: [[(text, score), ...n_best], ...]. An empty line stays empty.
@@ -905,194 +809,174 @@ def translate(model, tokenizer, lines, beam_size=4, length_penalty=0.6, batch_to
     Sentences of like length go through together, as many as make batch_tokens source ids with padding. Sources are cut
     after max_src ids: memory grows with the square of the length. Line breaks in a translation become spaces.
     """
-    device = next(model.parameters()).device
-    # No id covers more than a word, so what lies beyond max_src words need not be looked at.
-    encode = lambda line: tokenizer.encode(line[:40 * max_src])[:max_src] + [EOS]
-    sources = {i: encode(line) for i, line in enumerate(lines) if line.strip()}
+    max_src = min(max_src, (model.config.learned_positions or math.inf) - 1)            # one is for EOS
+    sources = {i: tokenizer.encode(line)[:max_src] + [EOS] for i, line in enumerate(lines) if line.strip()}
     results = [[("", 0.0)] * n_best for _ in lines]
     order = sorted(sources, key=lambda i: -len(sources[i]))             # longest first: too little memory shows at once
     while order:
         n = max(1, batch_tokens // len(sources[order[0]]))
         batch, order = order[:n], order[n:]
-        src = pad_rows([sources[i] for i in batch], device)
+        src = pad_rows([sources[i] for i in batch], model.embedding.weight.device)
         ids, scores = beam_search(model, src, beam_size, length_penalty, n_best=n_best)
         for i, rows, values in zip(batch, ids.view(len(batch), n_best, -1).tolist(), scores.view(-1, n_best).tolist()):
             results[i] = [(" ".join(tokenizer.decode(row).splitlines()), value) for row, value in zip(rows, values)]
     return results
 
+@torch.no_grad()
+def attention_maps(model, src, tgt_in):
+    """Who looks at whom, without dropout; every tensor has the layers first, and then a map for each sentence and head.
+    -> {"encoder": (n_encoder_layers, B, H, S, S), "decoder": (n_decoder_layers, B, H, T, T), "cross": (..., T, S)}"""
+    maps = {"encoder": [], "decoder": [], "cross": []}
+    weights = lambda attn, x, keys_values, mask=None, causal=False: attention_weights(
+        attn.split_heads(attn.q(x)), keys_values[0], causal_mask(x.size(1), x.device) if causal else mask)
+    with eval_mode(model), ExitStack() as hooks:                        # at its end, the hooks are gone
+        for name, part in model.named_modules():
+            if isinstance(part, MultiHeadAttention):
+                seen = maps["cross" if "cross" in name else name.split(".")[0]]
+                look = lambda attn, args, options, seen=seen: seen.append(weights(attn, *args, **options))
+                hooks.enter_context(part.register_forward_pre_hook(look, with_kwargs=True))
+        model(src, tgt_in)
+    return {name: torch.stack(seen) for name, seen in maps.items()}
 
-def draw_attention(weights, src_tokens, tgt_tokens):
-    """An attention map for the terminal: a row a target token, a column a source token, darker = more. (T, S) -> str"""
-    weights, shades = weights.tolist(), " ░▒▓█"
-    wide = 2 if 2 * len(src_tokens) + 17 <= 80 else 1
-    clean = lambda token, n: "".join(c if c.isprintable() else "·" for c in token.strip() or "·")[:n]
-    names = [clean(token, 10) for token in src_tokens]
-    tall = max(map(len, names), default=0)
-    lines = [" " * 17 + "".join(name.rjust(tall)[row].ljust(wide) for name in names) for row in range(tall)]
-    for token, row in zip(tgt_tokens, weights):
-        lines.append(clean(token, 16).rjust(16) + " " + "".join(shades[min(4, int(w * 5))] * wide for w in row))
+def draw_attention(model, tokenizer, source, target):
+    """Where the model looks while it writes target: the cross-attention of its last layer, averaged over the heads, as
+    lines for the terminal. A row is a target token, a column a source token, and darker is more. Two strings -> str"""
+    src, tgt = tokenizer.encode(source) + [EOS], tokenizer.encode(target) + [EOS]
+    rows = [pad_rows([ids], model.embedding.weight.device) for ids in (src, [BOS] + tgt[:-1])]
+    text = lambda i: "</s>" if i == EOS else tokenizer.bytes[i].decode("utf-8", "replace").strip() or "·"
+    names = lambda ids, n: ["".join(c if c.isprintable() else "·" for c in text(i))[:n] for i in ids]
+    columns, wide = names(src, 10), 2 if 2 * len(src) + 17 <= 80 else 1
+    tall = max(map(len, columns))
+    lines = [" " * 17 + "".join(name.rjust(tall)[row].ljust(wide) for name in columns) for row in range(tall)]
+    for name, weights in zip(names(tgt, 16), attention_maps(model, *rows)["cross"][-1, 0].float().mean(0).tolist()):
+        lines.append(f"{name:>16} " + "".join(" ░▒▓█"[min(4, int(w * 5))] * wide for w in weights))
     return "\n".join(line.rstrip() for line in lines)
 
+def read_windows(stream):
+    """Lists of lines from a binary stream, each what one read brings: a file comes in large blocks, and a pipe as it is
+    written, so an endless input is translated as it comes. Only \\n ends a line; bytes not UTF-8 turn U+FFFD."""
+    lines, rest = [], b""
+    while block := stream.read1(1 << 19):
+        *lines, rest = (rest + block).split(b"\n")
+        if lines:
+            yield [line.removesuffix(b"\r").decode("utf-8", "replace") for line in lines]
+    if rest:
+        yield [rest.removesuffix(b"\r").decode("utf-8", "replace")]
 
-def attention_map(model, tokenizer, source, target):
-    """The cross-attention of the decoder's last layer, averaged over its heads, for one pair of strings, drawn."""
-    src, tgt = tokenizer.encode(source) + [EOS], tokenizer.encode(target) + [EOS]
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        maps = model.attention_maps(pad_rows([src], device), pad_rows([[BOS] + tgt[:-1]], device))
-    name = lambda i: "</s>" if i == EOS else tokenizer.bytes[i].decode("utf-8", "replace")
-    return draw_attention(maps["cross"][-1, 0].float().mean(0), list(map(name, src)), list(map(name, tgt)))
-
-
-def read_windows(stream, size=4096):
-    """Lists of lines from a binary stream: all that has arrived, at most `size` lines, at least one. Never reads
-    ahead of that, so an endless input is translated as it comes. Only \\n ends a line; bytes not UTF-8 turn U+FFFD."""
-    buffer, lines, more = b"", [], True
-    while more:
-        block = os.read(stream.fileno(), 1 << 16)
-        more = bool(block)
-        *complete, buffer = (buffer + block).split(b"\n") if more else ([buffer, b""] if buffer else [b""])
-        lines += [line.removesuffix(b"\r").decode("utf-8", "replace") for line in complete]
-        waiting = more and len(lines) < size and select.select([stream], [], [], 0)[0]
-        while lines and not waiting:
-            yield lines[:size]
-            lines = lines[size:]
-
-
-# -----------------------------------------------------------------------------
-# The tour: python transformer.py
+# ---- The tour: python transformer.py ----------------------------------------
 
 def tour():
     """A small model, step by step, with every claim checked. Raises AssertionError if one does not hold."""
     torch.manual_seed(0)
     show = lambda what, x: print(f"  {what:<44} {tuple(x.shape)}")
-    config = Config(vocab_size=11, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2, n_decoder_layers=2)
+    config = Config(vocab_size=11, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2, n_decoder_layers=2, dropout=0)
     model = Transformer(config).eval()
     src = torch.tensor([[3, 4, 5, 6, 7, EOS], [8, 9, EOS, PAD, PAD, PAD]])
-    tgt_in = torch.tensor([[BOS, 7, 6, 5, 4], [BOS, 9, 8, PAD, PAD]])
-
-    print("The shapes, for 2 sentences of up to 6 source and 5 target ids, D = 32, 4 heads, 11 words")
-    with torch.inference_mode():
-        show("src", src)
-        show("embedded and placed", x := model.embed_src(src))
+    tgt = torch.tensor([[BOS, 7, 6, 5, 4, 3, EOS], [BOS, 9, 8, EOS, PAD, PAD, PAD]])
+    tgt_in, tgt_out = tgt[:, :-1], tgt[:, 1:]           # BOS goes in, EOS comes out: each position predicts the next id
+    print("The shapes, for 2 sentences of up to 6 ids on either side, D = 32, 4 heads, 11 words")
+    with torch.no_grad():
+        show("embedded and placed", x := model.embed(src, model.src_embedding, model.learned_src))
         attn = model.encoder[0].self_attn
         q, (k, v) = attn.split_heads(attn.q(x)), attn.keys_values(x)
-        show("queries of layer 1, a head each", q)
-        mask = (src != PAD)[:, None, None, :]
-        show("mask: which keys are words", mask)
+        show("queries, keys and values, for each head", q)
+        show("mask: which keys are words", mask := (src != PAD)[:, None, None, :])
         show("attention weights: query by key", weights := attention_weights(q, k, mask))
-        show("values, averaged by weight", attention(q, k, v, mask))
         show("memory: the encoder's output", memory := model.encode(src))
         show("states: the decoder's output", model.decode(tgt_in, memory, src))
         show("logits: a score for every word", logits := model(src, tgt_in))
 
-        print("\nThe claims")
-        by_hand = torch.zeros_like(q)
-        for b in range(2):
-            for h in range(4):
-                for t in range(6):
-                    e = [math.exp(q[b, h, t] @ k[b, h, s] / math.sqrt(8)) * bool(src[b, s]) for s in range(6)]
-                    by_hand[b, h, t] = sum(e[s] / sum(e) * v[b, h, s] for s in range(6))
-        assert torch.allclose(attention(q, k, v, mask), by_hand, atol=1e-5)
-        print("  attention is softmax(QKᵀ/√d_k)V, worked out by hand")
         assert torch.allclose(weights.sum(-1), torch.ones(())) and not weights[1, :, :, 3:].any()
-        print("  weights sum to 1, and padding gets none")
-        changed = tgt_in.clone()
-        changed[0, 3] = 9
-        assert torch.equal(model(src, changed)[0, :3], logits[0, :3]) and not torch.equal(model(src, changed), logits)
-        print("  changing a target word changes no prediction before it")
-        alone = model(src[1:, :3], tgt_in[1:, :3])
-        assert torch.allclose(alone, logits[1:, :3], atol=1e-5)
-        print("  a sentence gets the same logits alone and in a batch")
-        ids, _ = beam_search(model, src, beam_size=1, max_len=5)
-        for b in range(2):
-            slow = [BOS]                                                # greedy decoding without a cache
-            while len(slow) < 5 and slow[-1] != EOS:
-                slow.append(int(model(src[b:b + 1], torch.tensor([slow]))[0, -1, EOS:].argmax()) + EOS)
-            assert ids[b].tolist()[:len(slow) - 1] == slow[1:]
-        print("  the cache changes nothing but the time")
-        with torch.device("meta"):
-            count = lambda config: sum(p.numel() for p in Transformer(config).parameters())
-            sizes = {"base": count(BASE), "big": count(BIG)}
-        assert sizes == {"base": 63_045_632, "big": 214_171_648}, sizes
-        print("  " + ", ".join(f"{name}: {n:,} parameters" for name, n in sizes.items()))
-    print("\nAll of it holds. Next: python train.py")
+        changed = tgt_in.index_fill(1, torch.tensor([3]), 10)
+        assert torch.equal(model(src, changed)[:, :3], logits[:, :3]) and not torch.equal(model(src, changed), logits)
+        assert torch.allclose(model(src[1:, :3], tgt_in[1:, :4]), logits[1:, :4], atol=1e-5)
+        assert torch.equal(greedy(model, src), beam_search(model, src, beam_size=1)[0])
+    print("\nChecked: weights sum to 1, and padding gets none; no prediction depends on a later target word;\n"
+          "a sentence gets the same logits alone and in a batch; the cache changes nothing but the time")
+    print("\nLearning this batch by heart: every target is its source in reverse")
+    optimizer = torch.optim.Adam(model.train().parameters(), lr=3e-3, betas=(0.9, 0.98), eps=1e-9)
+    for step in range(1, 101):
+        logits = model(src, tgt_in)                                             # (B, T, V)
+        loss = F.cross_entropy(logits.transpose(1, 2), tgt_out, ignore_index=PAD)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in (1, 10, 100):
+            print(f"  step {step:3}  loss {loss.item():.3f}")
+    assert torch.equal(greedy(model, src), tgt_out)
+    print("  greedy decoding writes", *tgt_out.tolist())
+    print("All of it holds. Next: python train.py")
 
-
-# -----------------------------------------------------------------------------
-# The command line
+# ---- The command line, of this script and of train.py and bench.py -----------
 
 def fail(message):
     """One line for a mistake of the user's, and exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
+def override(settings, argv, path):
+    """The settings that argv (--name=value) changes, each of the type of its default; nothing is evaluated as code.
+    --help prints the docstring and the settings of the script at path. A mistake costs one line and exit status 2."""
+    given = {}
+    for arg in argv:
+        if arg in ("--help", "-h"):
+            with open(path, encoding="utf-8") as f:
+                what, names = re.split("\n *# ---- (?:end of )?settings.*\n", f.read())[:2]
+            print(what.split('"""')[1].split("\nRead it")[0].strip(), names, sep="\n\n")
+            sys.exit(0)
+        name, equals, value = arg.removeprefix("--").partition("=")     # the first "=" only: a value may hold more
+        if not arg.startswith("--") or name not in settings:
+            near = difflib.get_close_matches(name, settings, 1)
+            fail(f"unknown setting {arg!r}" + (f", did you mean --{near[0]}?" if near else "; --help lists them all"))
+        kind = type(settings[name])
+        if not equals:
+            fail(f"--{name} needs a value, as in --{name}={settings[name]}")
+        try:
+            given[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            what = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
+            fail(f"--{name} must be {what}, got {value!r}")
+    return given
 
-def main():
-    parser = argparse.ArgumentParser(prog="transformer.py", allow_abbrev=False, description=__doc__.split("Read it")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    def true_or_false(value):
-        if value not in ("True", "False"):
-            raise ValueError
-        return value == "True"
-
-    option = lambda name, default, what: parser.add_argument(
-        "--" + name, default=default, type=true_or_false if default is False else type(default),
-        help=f"{what} (default: {default})")
-    option("checkpoint", "", "a file that train.py wrote; without it, the tour")
-    option("beam_size", 4, "hypotheses kept for each sentence; 1 is greedy")
-    option("length_penalty", 0.6, "alpha of the length penalty: larger favours longer translations")
-    option("n_best", 1, "translations for each line; above 1 each is printed as line number, score, text, with tabs")
-    option("batch_tokens", 4096, "source ids translated together, padding included")
-    option("max_src", 1024, "source ids after which a line is cut")
-    option("attention", False, "True draws each translation's attention map under it")
-    option("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
-    option("dtype", "auto", "float32, bfloat16, or auto: bfloat16 where the hardware has it")
-    args, unknown = parser.parse_known_args()
-    names = ["--" + name for name in vars(args)]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
-        fail(f"unknown setting {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else "; --help lists them all"))
-    if not args.checkpoint:
+def main(*,
+    # ---- settings ---------------------------------------------------------------
+    checkpoint="",          # a file that train.py wrote; "": the tour
+    beam_size=4,            # hypotheses kept for each sentence; 1 is greedy
+    length_penalty=0.6,     # alpha of the length penalty: larger favours longer translations
+    n_best=1,               # translations for each line; above 1 each is printed as line number, score, text, with tabs
+    batch_tokens=4096,      # source ids translated together, padding included
+    max_src=1024,           # source ids after which a line is cut
+    attention=False,        # True draws each translation's attention map under it
+    device="auto",          # cpu, cuda, cuda:1, mps; auto: cuda where there is one
+    dtype="auto",           # float32, bfloat16; auto: bfloat16 where the hardware has it
+    # ---- end of settings --------------------------------------------------------
+):
+    if not checkpoint:
         return tour()
-    if args.beam_size < 1 or not 1 <= args.n_best <= args.beam_size or args.batch_tokens < 1 or args.max_src < 1:
-        fail("expected beam_size, batch_tokens and max_src of at least 1, and 1 <= n_best <= beam_size")
+    if batch_tokens < 1 or max_src < 1 or not 1 <= n_best <= beam_size:
+        fail("expected batch_tokens and max_src of at least 1, and 1 <= n_best <= beam_size")
     try:
-        device = torch.device(args.device)
-        model, tokenizer = load(args.checkpoint, device)
-    except (ValueError, RuntimeError, AssertionError) as error:
+        model, tokenizer = load(checkpoint, device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+        model = for_inference(model, dtype)
+    except (ValueError, RuntimeError, AssertionError) as error:         # the latter two for a device that isn't there
         fail(str(error).splitlines()[0])
     if tokenizer is None:
-        fail(f"{args.checkpoint} holds no tokenizer: its model was trained on ids, not on text")
-    if args.dtype not in ("auto", "float32", "bfloat16"):
-        fail(f"dtype must be float32, bfloat16 or auto, got {args.dtype!r}")
-    if args.dtype == "bfloat16" or args.dtype == "auto" and has_bfloat16(device):
-        model.to(torch.bfloat16)
-
-    keep_freed_memory()
-    n_lines = 0
+        fail(f"{checkpoint} holds no tokenizer: its model was trained on ids, not on text")
     # Line by line, so that whoever kills this finds whole lines. "?" is what can't be written in UTF-8.
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    n = 0
     try:
         for lines in read_windows(sys.stdin.buffer):
-            results = translate(model, tokenizer, lines, args.beam_size, args.length_penalty, args.batch_tokens,
-                                args.n_best, args.max_src)
-            for i, (line, best) in enumerate(zip(lines, results), n_lines):
-                if args.n_best > 1:
-                    print(*(f"{i}\t{score:.4f}\t{text}" for text, score in best), sep="\n")
-                else:
-                    print(best[0][0])
-                if args.attention and line.strip():
-                    print(attention_map(model, tokenizer, line, best[0][0]), end="\n\n")
-            n_lines += len(lines)
-            if sys.stderr.isatty():
-                print(f"\r{n_lines:,} lines", end="", file=sys.stderr, flush=True)
+            results = translate(model, tokenizer, lines, beam_size, length_penalty, batch_tokens, n_best, max_src)
+            for line, best in zip(lines, results):
+                print(*(f"{n}\t{score:.4f}\t{text}" if n_best > 1 else text for text, score in best), sep="\n")
+                if attention and line.strip():
+                    print(draw_attention(model, tokenizer, line, best[0][0]), end="\n\n")
+                n += 1
     except BrokenPipeError:                                             # the reader has had enough (head, less)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
 
-
 if __name__ == "__main__":
-    main()
+    main(**override(main.__kwdefaults__, sys.argv[1:], __file__))
