@@ -128,7 +128,8 @@ def check_settings():
             fail(f"--{a} and --{b} belong together, got {a}={files[a]!r} and {b}={files[b]!r}")
     for name, path in files.items():
         if path and not os.path.isfile(path):
-            fail(f"--{name}={path}: expected a text file, found {'another thing' * os.path.exists(path) or 'nothing there'}")
+            found = "another thing" if os.path.exists(path) else "nothing there"
+            fail(f"--{name}={path}: expected a text file, found {found}")
     for name, allowed in BOUNDS.items():
         value = globals()[name]
         if isinstance(allowed, list) and value not in allowed:
@@ -233,7 +234,7 @@ def be_a_worker():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 def on_all_cores(work, pairs, n=5000):
-    """work(list of n pairs) for all pairs, in order, on every core. Reads only two lists a core ahead of the results."""
+    """work(list of n pairs) for all pairs, in order, on every core. Reads two lists a core ahead at most."""
     parts = iter(lambda: list(itertools.islice(pairs, n)), [])
     first = list(itertools.islice(parts, 2))
     if len(first) < 2 or not sys.platform.startswith("linux"):          # elsewhere a forked process is not safe
@@ -281,8 +282,8 @@ def prepare(folder):
     """
     global tokenizer
     os.makedirs(folder, exist_ok=True)
-    ids_path, lengths_path, index_path, lock_path = (os.path.join(folder, x) for x in ("ids", "lengths", "index", "lock"))
-    with open(lock_path, "w") as lock:
+    ids_path, lengths_path, index_path = (os.path.join(folder, name) for name in ("ids", "lengths", "index"))
+    with open(os.path.join(folder, "lock"), "w") as lock:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)
         stats = [[os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in (src, tgt)]
@@ -536,8 +537,8 @@ def gathered(value, run):
     return values
 
 def on_signal(number, frame):
-    """The first SIGTERM or Ctrl-C is noted, for a run to end where nothing is lost; a second one ends it at once. Within
-    a second it is the same one: torchrun passes on what the terminal has sent already."""
+    """The first SIGTERM or Ctrl-C is noted, for a run to end where nothing is lost; a second one ends it at once.
+    Within a second it is the same one: torchrun passes on what the terminal has sent already."""
     signals.append((number, time.time()))
     if time.time() - signals[0][1] > 1:
         os._exit(128 + number)
@@ -546,7 +547,11 @@ signals = []
 
 def leave_if_told(run):
     """Ends the run if one of its processes has heard a signal: they agree, and all end at the same place."""
-    heard = max(gathered(signals[0][0] if signals else 0, run))
+    heard = signals[0][0] if signals else 0
+    if run.world > 1:
+        flag = torch.tensor(heard, device=run.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        heard = int(flag)
     if heard:
         save_checkpoint(run)
         run.say(f"{signal.Signals(heard).name} after step {run.step:,}: saved {run.last}; "
@@ -570,7 +575,7 @@ def validation_nll(run):
     return total / n
 
 def translations(model, lines, run, **options):
-    """Translations of the lines, by all ranks together, as train.py's own model and a copy made for it gives them."""
+    """Translations of the lines, by all ranks together, a hundred of like length at a time."""
     order = sorted(range(len(lines)), key=lambda i: -len(lines[i]))
     found = {}
     for part in my_share([order[i:i + 100] for i in range(0, len(order), 100)], run):
@@ -579,17 +584,18 @@ def translations(model, lines, run, **options):
     found = {i: text for part in gathered(found, run) for i, text in part.items()}
     return [found[i] for i in range(len(lines))]
 
-def plain_copy(run, **weights):
-    """The model without what training made of it, ready to translate."""
+def plain_copy(run):
+    """The model without what compile_parts made of it, ready to translate."""
     with torch.device("meta"):
         model = Transformer(run.model.config)
-    model.load_state_dict(weights or run.model.state_dict(), assign=True)
+    model.load_state_dict(run.model.state_dict(), assign=True)
     return for_inference(model, run.amp if run.amp != "float16" else "float32")
 
 def record(run, **values):
     """One line of log.jsonl."""
     if run.rank == 0:
-        run.log.write(json.dumps({"step": run.step, **values, "seconds": round(time.time() - run.start_time, 2)}) + "\n")
+        seconds = round(time.time() - run.start_time, 2)
+        run.log.write(json.dumps({"step": run.step, **values, "seconds": seconds}) + "\n")
         run.log.flush()
 
 def validate(run):
@@ -602,6 +608,7 @@ def validate(run):
         sources, truths = ([pair[side] for pair in run.val_text[:500]] for side in (0, 1))
         out = translations(plain_copy(run), sources, run, beam_size=1)
         values["val_bleu"] = bleu(out, truths, run.words)
+        samples = f"  (greedy, {len(out)} lines)"
         for i in {0, len(out) // 2}:
             samples += f"\n    source  {sources[i]}\n    model   {out[i]}\n    truth   {truths[i]}"
     record(run, **values)
@@ -615,7 +622,7 @@ def validate(run):
     torch.compiler.set_stance("default")
     run.loss_fn.train()
 
-PROGRESS = "step validated best_nll n_worse n_skipped recent compiled digest".split()      # of a run, in last.pt
+PROGRESS = "step validated saved best_nll n_worse n_skipped recent compiled digest".split()      # of a run, in last.pt
 
 def save_checkpoint(run):
     """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes."""
@@ -628,11 +635,12 @@ def save_checkpoint(run):
             "scaler": run.scaler.state_dict()})
 
 def main():
-    run = SimpleNamespace(start_time=time.time(), step=0, validated=0, best_nll=math.inf, n_worse=0, n_skipped=0, recent=[])
+    run = SimpleNamespace(start_time=time.time(), step=0, validated=0, saved=0, best_nll=math.inf, n_worse=0,
+                          n_skipped=0, recent=[])
 
     # ---- start: processes and device --------------------------------------------
-    env = lambda name, other=0: int(os.environ.get(name, other))                    # set by torchrun
-    run.world, run.rank, local_rank, local_world = env("WORLD_SIZE", 1), env("RANK"), env("LOCAL_RANK"), env("LOCAL_WORLD_SIZE", 1)
+    env = lambda name, other=0: int(os.environ.get(name, other))        # set by torchrun
+    run.world, run.rank, local_rank = env("WORLD_SIZE", 1), env("RANK"), env("LOCAL_RANK")
     run.say = print if run.rank == 0 else lambda *args, **options: None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))         # until there is something to save
@@ -642,8 +650,8 @@ def main():
     if cuda:
         torch.cuda.set_device(run.device)
         torch.backends.cuda.enable_cudnn_sdp(False)     # its backward with a mask can give NaN on Hopper
-    elif local_world > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    elif run.world > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // env("LOCAL_WORLD_SIZE", 1)))
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     run.last, log_path, run.model_path = (os.path.join(out_dir, name) for name in ("last.pt", "log.jsonl", "model.pt"))
@@ -679,7 +687,8 @@ def main():
         timeout = timedelta(seconds=group_timeout)
         store, _, _ = next(dist.rendezvous("env://", run.rank, run.world, timeout=timeout))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=run.rank, world_size=run.world, timeout=timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=run.rank, world_size=run.world,
+                                timeout=timeout)
 
     # ---- model and optimizers -----------------------------------------------------
     torch.manual_seed(seed)
@@ -688,7 +697,8 @@ def main():
     run.model = Transformer(config).to(run.device)
     torch.manual_seed(seed + run.rank)                  # the same weights on every rank, but other dropout
     # §5.3 has Adam for all. Muon makes each matrix's step orthogonal: every direction in it learns at the same rate.
-    matrices = [w for part in (run.model.encoder, run.model.decoder) for w in part.parameters() if w.dim() == 2 and muon]
+    layers = nn.ModuleList((*run.model.encoder, *run.model.decoder))
+    matrices = [w for w in layers.parameters() if w.dim() == 2 and muon]
     others = [w for w in run.model.parameters() if not any(w is matrix for matrix in matrices)]
     run.optimizers = [torch.optim.Adam(others, betas=(0.9, 0.98), eps=1e-9, fused=run.device.type in ("cpu", "cuda"))]
     if muon:
@@ -730,8 +740,8 @@ def main():
             fail(f"{run.last} was saved by another version of train.py: {what}")
     if run.rank == 0:                   # the log's lines on steps to come go, in one cut: no kill loses other lines
         with open(log_path, "rb") as f:
-            past = itertools.takewhile(lambda x: run.step and x.endswith(b"}\n") and json.loads(x)["step"] <= run.step, f)
-            run.log.truncate(sum(map(len, past)))
+            known = lambda line: run.step and line.endswith(b"}\n") and json.loads(line)["step"] <= run.step
+            run.log.truncate(sum(map(len, itertools.takewhile(known, f))))
 
     # ---- what it will cost, and so whether to compile -----------------------------
     real = corpus.n_ids(np.arange(len(corpus)))
@@ -762,13 +772,15 @@ def main():
     if src:
         mine = " ".join(name for name in recipe()[1] if name not in given)
         run.say(f"recipe    for {recipe()[0]:.1f} MB of text, from its size: {mine or 'nothing, all is given'}")
-    run.say(f"machine   {run.world} x {where}, torch {torch.__version__}, {run.amp}, {'' if run.compiled else 'not '}compiled, "
+    how = f"{run.amp}, {'' if run.compiled else 'not '}compiled"
+    run.say(f"machine   {run.world} x {where}, torch {torch.__version__}, {how}, "
             f"{peak / 1e12:.3g} TFLOP/s in matrix products")
     run.say(f"model     {sum(p.numel() for p in run.model.parameters()):,} parameters")
     run.say(f"data      {len(corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
             + (", ".join(f"{n} {reason}" for reason, n in index.get("left_out", {}).items()) or "none"))
-    run.say(f"run       {max_steps:,} steps of about {sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps "
-            f"an epoch, {run_flops:.2g} FLOPs, about {clock(estimate)}{' and a minute to compile' * run.compiled}", flush=True)
+    size = f"{sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps an epoch, {run_flops:.2g} FLOPs"
+    run.say(f"run       {max_steps:,} steps of about {size}, about {clock(estimate)}{' and compilation' * run.compiled}",
+            flush=True)
     if run.step:
         run.say(f"resumed   from {run.last}, after step {run.step:,}")
 
@@ -782,17 +794,17 @@ def main():
             torch.cuda.set_rng_state(state["ranks"][run.rank][1])
     due = lambda interval: run.step % interval == 0 or run.step == max_steps
     steps = micro_batches(corpus, run.world * accumulate, run.step)
-    tick, n_ids, saved = time.time(), 0, run.step
+    tick, n_ids = time.time(), 0
     while True:
         # Once in a while: is it better, is it saved, is it over?
         if run.val and due(eval_interval) and run.validated < run.step:
             validate(run)
-        if due(checkpoint_interval) and saved < run.step:
+        if due(checkpoint_interval) and run.saved < run.step:
             if average_last > 1 and run.rank == 0:
                 weights = {name: w.detach().cpu().clone() for name, w in run.model.state_dict().items()}
                 run.recent = (run.recent + [weights])[-average_last:]
+            run.saved = run.step
             save_checkpoint(run)
-            saved = run.step
         if run.world == 1 or not cuda or due(log_interval):
             leave_if_told(run)
         if run.step >= max_steps or patience and run.n_worse >= patience:
@@ -847,14 +859,15 @@ def main():
             if run.world > 1:
                 dist.all_reduce(sums)
             loss, nll = (sums[:2] / sums[2]).tolist()
-            values = dict(loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)), learning_rate=learning_rate_at(run.step),
+            values = dict(loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)),
+                          learning_rate=learning_rate_at(run.step),
                           grad_norm=norm.item(), skipped=run.n_skipped, tokens_per_second=n_ids / seconds,
                           mfu=n_ids / seconds * id_flops / peak)
             record(run, **values)
             left = clock((max_steps - run.step) * seconds / log_interval)
-            run.say("step {:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {perplexity:8.2f}  lr {learning_rate:.2e}  norm "
-                    "{grad_norm:.2f}  {tokens_per_second:,.0f} ids/s  mfu {mfu:.0%}  left {}".format(run.step, left, **values),
-                    flush=True)
+            line = ("step {:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {perplexity:8.2f}  lr {learning_rate:.2e}  "
+                    "norm {grad_norm:.2f}  {tokens_per_second:,.0f} ids/s  mfu {mfu:.0%}  left {}")
+            run.say(line.format(run.step, left, **values), flush=True)
             run.totals.zero_()
             tick, n_ids = time.time(), 0
 
@@ -868,7 +881,7 @@ def main():
         run.model.load_state_dict({name: torch.stack([w[name] for w in recent]).mean(0) for name in recent[0]})
     nll = validation_nll(run) if run.val else -math.inf
     if average_last > 1 and run.val:
-        run.say(f"mean of the last {average_last} checkpoints: validation nll {nll:.4f}, best without {run.best_nll:.4f}")
+        run.say(f"mean of the last {average_last} checkpoints: validation nll {nll:.4f}, best {run.best_nll:.4f}")
     if nll <= run.best_nll and run.rank == 0:
         save(run.model_path, run.model, run.tokenizer)
     from_rank_0(None, run)                              # model.pt is there now
@@ -876,8 +889,10 @@ def main():
     if run.val_text:
         best = for_inference(best, run.amp if run.amp != "float16" else "float32")
         sources, truths = zip(*run.val_text)
-        score = bleu(translations(best, sources, run, beam_size=beam_size, length_penalty=length_penalty), truths, run.words)
-        run.say(f"validation BLEU {score:.2f} (tokenizer {bleu_tokenize}, beam {beam_size}, length penalty {length_penalty})")
+        out = translations(best, sources, run, beam_size=beam_size, length_penalty=length_penalty)
+        score = bleu(out, truths, run.words)
+        run.say(f"validation BLEU {score:.2f}, all {len(out):,} lines (tokenizer {bleu_tokenize}, beam {beam_size}, "
+                f"length penalty {length_penalty})")
         record(run, bleu=score)
     elif not src:
         pairs, words = [], lambda row: row[:row.index(EOS)]
