@@ -602,7 +602,7 @@ def test_the_model_stands_alone_above_the_line(tmp_path):
 
 def test_the_shape_of_the_house():
     """What a reader's patience allows, arrows that point down only, and no function hidden inside another."""
-    limits = {"transformer.py": 985, "train.py": 930, "bench.py": 240, "README.md": 170}
+    limits = {"transformer.py": 980, "train.py": 930, "bench.py": 240, "README.md": 170}
     lines = {name: open(os.path.join(HERE, name), encoding="utf-8").read().splitlines() for name in limits}
     assert {name: len(text) <= limits[name] for name, text in lines.items()} == dict.fromkeys(limits, True)
     for name, text in lines.items():

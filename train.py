@@ -123,9 +123,8 @@ now = lambda: {name: globals()[name] for name in settings}                      
 def check_settings():
     """Ends the run, in one line, if a setting makes no sense: before anything is read or written."""
     files = {"src": src, "tgt": tgt, "val_src": val_src, "val_tgt": val_tgt}
-    for a, b in (("src", "tgt"), ("val_src", "val_tgt"), ("src", "val_src")):
-        if bool(files[a]) != bool(files[b]) and (b != "val_src" or not src):
-            fail(f"--{a} and --{b} belong together, got {a}={files[a]!r} and {b}={files[b]!r}")
+    if bool(src) != bool(tgt) or bool(val_src) != bool(val_tgt) or val_src and not src:
+        fail(f"--src and --tgt belong together, and --val_src and --val_tgt to them, got {files}")
     for name, path in files.items():
         if path and not os.path.isfile(path):
             found = "another thing" if os.path.exists(path) else "nothing there"
@@ -487,9 +486,8 @@ def matmul_rate(device, dtype, seconds=0.2):
     return 2 * n ** 3 * count / (time.perf_counter() - start)
 
 def clock(seconds):
-    """Seconds as h:mm:ss, or m:ss below an hour."""
-    m, s = divmod(int(seconds), 60)
-    return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=int(seconds)))
 
 def tokenize_13a(line):
     """The tokenizer of mteval-v13a: punctuation apart, but not inside numbers."""
@@ -855,10 +853,10 @@ def main():
             run.totals[3] = 0
         n_ids += sum(sum(corpus.n_ids(rows)) for rows, _, _ in micro)
         if due(log_interval):
-            sums, seconds = run.totals.clone(), time.time() - tick
+            seconds = time.time() - tick
             if run.world > 1:
-                dist.all_reduce(sums)
-            loss, nll = (sums[:2] / sums[2]).tolist()
+                dist.all_reduce(run.totals)
+            loss, nll = (run.totals[:2] / run.totals[2]).tolist()
             values = dict(loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)),
                           learning_rate=learning_rate_at(run.step),
                           grad_norm=norm.item(), skipped=run.n_skipped, tokens_per_second=n_ids / seconds,

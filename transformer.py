@@ -450,7 +450,6 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
     longest = max(stops, default=0)
     penalty = lambda n: ((5 + n) / 6) ** length_penalty
     B, N, V, device = len(src), beam_size, model.config.vocab_size, src.device
-
     with eval_mode(model):
         cache = Cache(model, model.encode(src), src, N, longest)
         # The beam: hypotheses that still grow. All N start as the same BOS, so only the first may count: otherwise the
@@ -464,7 +463,6 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
         result_score = torch.full((B, n_best), -math.inf, device=device)
         sentence = torch.arange(B, device=device)
         pick = lambda ids, index: ids.gather(1, index[..., None].expand(-1, -1, longest))       # whole hypotheses
-
         for length in range(1, longest + 1):
             total = next_log_probs(model, newest, cache)                # (B, N, V)
             total[..., :EOS] = -math.inf                                # PAD and BOS are never proposed
