@@ -777,7 +777,7 @@ def main():
     run.say(f"data      {len(corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
             + (", ".join(f"{n} {reason}" for reason, n in index.get("left_out", {}).items()) or "none"))
     size = f"{sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps an epoch, {run_flops:.2g} FLOPs"
-    run.say(f"run       {max_steps:,} steps of about {size}, about {clock(estimate)}{' and compilation' * run.compiled}",
+    run.say(f"run       {max_steps:,} steps of about {size}, {clock(estimate)}{' and compilation' * run.compiled}",
             flush=True)
     if run.step:
         run.say(f"resumed   from {run.last}, after step {run.step:,}")
