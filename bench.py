@@ -32,6 +32,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 
 try:
     import resource
@@ -103,6 +104,33 @@ def peak_memory(cuda):
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
 
+def training_step(call, optimizer, src, tgt, amp):
+    """Forward, loss, backward, Adam."""
+    with torch.autocast(src.device.type, torch.bfloat16, enabled=amp):
+        smoothed, _ = call(src, tgt)
+    (smoothed / (tgt[:, 1:] != PAD).sum()).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+def time_training(src, tgt, amp, model, compiled, sync, parallel=False):
+    """Seconds of one training step of the model on that batch."""
+    loss_fn = Loss(model.train(), 0.1)
+    if compiled:
+        loss_fn.compile_parts()
+    call = loss_fn
+    if parallel:
+        call = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[src.device.index] if src.is_cuda else None)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, (0.9, 0.98), 1e-9, fused=True)
+    return timed(partial(training_step, call, optimizer, src, tgt, amp), steps, sync)
+
+def add_row(rows, rate, what, seconds, tokens, work=None):
+    """One row of the table, printed by rank 0 and kept for the JSON object. work: FLOPs, where they are known."""
+    rows.append({"what": what, "tokens_per_second": tokens / seconds, "ms": 1e3 * seconds,
+                 "share_of_matmul_rate": work / seconds / rate if work else None})
+    if int(os.environ.get("RANK", 0)) == 0:
+        share = f"{work / seconds / rate:6.0%}" if work else ""
+        print(f"{what:<46}{tokens / seconds:>12,.0f} tok/s{1e3 * seconds:>11,.1f} ms {share}", flush=True)
+
 def main():
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if size not in SIZES:
@@ -129,7 +157,6 @@ def main():
     low = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and has_bfloat16(dev) and wide else torch.float32
     config = Config(vocab_size, d_model=D, d_ff=FF, n_heads=H, n_encoder_layers=N, n_decoder_layers=N, norm_first=True)
     rate = matmul_rate(dev, low)
-
     torch.manual_seed(seed)
     lengths = torch.randint(max(1, length // 2), length + 1, (batch,))
     real = torch.arange(length) < lengths[:, None]
@@ -139,32 +166,8 @@ def main():
     n_tokens = 2 * int(real.sum())
     step_flops = flops(config, n_tokens // 2, n_tokens // 2, n_tokens / 2 / batch, n_tokens / 2 / batch)
     rows = []
-
-    def train(model, amp, compiled, parallel=False):
-        """Seconds of one training step: forward, loss, backward, Adam."""
-        loss_fn = Loss(model.train(), 0.1)
-        if compiled:
-            loss_fn.compile_parts()
-        call = loss_fn
-        if parallel:
-            call = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[dev.index] if cuda else None)
-        optimizer = torch.optim.Adam(model.parameters(), 1e-4, (0.9, 0.98), 1e-9, fused=True)
-
-        def step():
-            with torch.autocast(dev.type, torch.bfloat16, enabled=amp):
-                smoothed, _ = call(src, tgt)
-            (smoothed / (n_tokens / 2)).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return timed(step, steps, sync)
-
-    def row(what, seconds, tokens, work=None):
-        rows.append({"what": what, "tokens_per_second": tokens / seconds, "ms": 1e3 * seconds,
-                     "share_of_matmul_rate": work / seconds / rate if work else None})
-        if rank == 0:
-            share = f"{work / seconds / rate:6.0%}" if work else ""
-            print(f"{what:<46}{tokens / seconds:>12,.0f} tok/s{1e3 * seconds:>11,.1f} ms {share}", flush=True)
-
+    train = partial(time_training, src, tgt, low != torch.float32)
+    row = partial(add_row, rows, rate)
     half = str(low).removeprefix("torch.")
     if rank == 0:
         gpu = torch.cuda.get_device_name(dev) if cuda else f"{torch.get_num_threads()} threads"
@@ -178,9 +181,9 @@ def main():
     model = Transformer(config).to(dev)
     if world > 1:
         # The same process with the same threads, first alone, then all together.
-        alone = train(model, low != torch.float32, compile) if rank == 0 else 0.0
+        alone = train(model, compile, sync) if rank == 0 else 0.0
         dist.barrier()
-        together = train(Transformer(config).to(dev), low != torch.float32, compile, parallel=True)
+        together = train(Transformer(config).to(dev), compile, sync, parallel=True)
         if rank == 0:
             row("train, one process", alone, n_tokens, step_flops)
             row(f"train, {world} processes", together, n_tokens * world, step_flops)
@@ -190,7 +193,7 @@ def main():
         dist.barrier()
         dist.destroy_process_group()
     elif plan:
-        seconds = train(model, low != torch.float32, compile)
+        seconds = train(model, compile, sync)
         row(f"train, this model, {half}{', compiled' if compile else ''}", seconds, n_tokens, step_flops)
         n = sum(p.numel() for p in model.parameters())
         peak = peak_memory(cuda)
@@ -207,8 +210,9 @@ def main():
         result |= cost
     else:
         reference = TorchTransformer(config).to(dev)
-        row("train, torch.nn.Transformer, float32", slow := train(reference, False, False), n_tokens, step_flops)
-        fast = train(model, low != torch.float32, compile)
+        slow = time_training(src, tgt, False, reference, False, sync)
+        row("train, torch.nn.Transformer, float32", slow, n_tokens, step_flops)
+        fast = train(model, compile, sync)
         row(f"train, this model, {half}{', compiled' if compile else ''}", fast, n_tokens, step_flops)
         result["train_speedup"] = slow / fast
         source = src[:1, :24].repeat(decode_batch, 1).clamp(min=EOS + 1)

@@ -551,7 +551,8 @@ def leave_if_told(run):
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         heard = int(flag)
     if heard:
-        save_checkpoint(run)
+        if run.training:                                # otherwise that has been done already
+            save_checkpoint(run)
         run.say(f"{signal.Signals(heard).name} after step {run.step:,}: saved {run.last}; "
                 "go on with the same command and --resume=True")
         sys.exit(128 + heard)
@@ -575,7 +576,7 @@ def validation_nll(run):
 def translations(model, lines, run, **options):
     """Translations of the lines, by all ranks together, a hundred of like length at a time."""
     order = sorted(range(len(lines)), key=lambda i: -len(lines[i]))
-    found = {}
+    found = {}                                          # number of the line -> its translation
     for part in my_share([order[i:i + 100] for i in range(0, len(order), 100)], run):
         results = translate(model, run.tokenizer, [lines[i] for i in part], **options)
         found |= {i: best[0][0] for i, best in zip(part, results)}
@@ -634,7 +635,7 @@ def save_checkpoint(run):
 
 def main():
     run = SimpleNamespace(start_time=time.time(), step=0, validated=0, saved=0, best_nll=math.inf, n_worse=0,
-                          n_skipped=0, recent=[])
+                          n_skipped=0, recent=[], training=True)
 
     # ---- start: processes and device --------------------------------------------
     env = lambda name, other=0: int(os.environ.get(name, other))        # set by torchrun
@@ -872,6 +873,9 @@ def main():
     # ---- the end: choose what model.pt is to be, and show what it can do -----------
     if patience and run.n_worse >= patience:
         run.say(f"step {run.step:6d}  {patience} validations without a better one: enough")
+    if run.saved < run.step:
+        save_checkpoint(run)                            # before the model becomes a mean
+    run.training = False
     torch.compiler.set_stance("force_eager")
     run.model.eval(), run.loss_fn.eval()
     if from_rank_0(len(run.recent), run) > 1:           # §6.1
