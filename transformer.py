@@ -957,7 +957,7 @@ def main(*,
         model, tokenizer = load(checkpoint, device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         model = for_inference(model, dtype)
     except (ValueError, RuntimeError, AssertionError) as error:         # the latter two for a device that isn't there
-        fail(str(error).splitlines()[0])
+        fail(f"--device={device} can't be used: " * (not isinstance(error, ValueError)) + str(error).splitlines()[0])
     if tokenizer is None:
         fail(f"{checkpoint} holds no tokenizer: its model was trained on ids, not on text")
     # Line by line, so that whoever kills this finds whole lines. "?" is what can't be written in UTF-8.
