@@ -82,7 +82,7 @@ BOUNDS |= dict.fromkeys("max_steps epochs learning_rate muon grad_clip max_ratio
 BOUNDS |= dict(label_smoothing=(0, 0.999), length_penalty=(-10, 10), decay=["inverse_sqrt", "linear"],
                compile=["auto", "True", "False"], bleu_tokenize=["13a", "none"],
                dtype=["auto", "float32", "bfloat16", "float16"])
-# The model and its data: what a resumed run must not change.
+# What a resumed run must not change, besides its text, its kinds of optimizers and the number of its processes.
 FIXED = """vocab_size d_model d_ff n_heads n_encoder_layers n_decoder_layers norm_first batch_tokens accumulate seed
     src tgt max_len max_ratio""".split()
 
@@ -269,8 +269,8 @@ def encode_pairs(pairs):
             left_out["ratio"] += 1
         else:
             rows += a, b
-    kind = np.uint16 if vocab_size <= 1 << 16 else np.uint32            # ids above 65,535 don't fit two bytes
-    return np.array([i for row in rows for i in row], kind), np.array([len(row) for row in rows], np.int32), left_out
+    ids, lengths = [i for row in rows for i in row], [len(row) for row in rows]
+    return np.array(ids, np.uint32), np.array(lengths, np.uint32), left_out
 
 def prepare(folder):
     """Learns the tokenizer and writes the ids of the training text into folder, unless they are there already.
@@ -314,33 +314,10 @@ def prepare(folder):
             index = {"made_from": made_from, "sizes": sizes(), "left_out": dict(left_out),
                      "merges": tokenizer.merges, "digest": digest.hexdigest()}
             write_atomically(index_path, index)
-        kind = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        corpus = Corpus(np.memmap(ids_path, kind, "r"), np.fromfile(lengths_path, np.int32))
+        corpus = Corpus(np.memmap(ids_path, np.uint32, "r"), np.fromfile(lengths_path, np.uint32).astype(np.int64))
     return corpus, Tokenizer(index["merges"]), index
 
 # ---- §5.1 Batches: sentence pairs "batched together by approximate sequence length" ----
-
-def widths(lengths, n=8):
-    """The n widths that waste least padding when every length is rounded up to one of them: a dynamic programme."""
-    top = np.unique(np.append(np.quantile(lengths, np.linspace(0, 1, 500), method="higher"), lengths.max()))
-    if len(np.unique(lengths)) <= 500:
-        top = np.unique(lengths)                        # every length that occurs; of very many, 500 quantiles
-    place = np.searchsorted(top, lengths)
-    total, mass = (np.append(0, np.cumsum(np.bincount(place, w, len(top)))) for w in (None, lengths.astype(float)))
-    # waste[i, j]: padding if all lengths above top[i - 1], up to top[j - 1], become top[j - 1]
-    i, j = np.arange(len(top) + 1)[:, None], np.arange(len(top) + 1)[None]
-    waste = np.where(i < j, (total[j] - total[i]) * np.append(0, top)[j] - (mass[j] - mass[i]), np.inf)
-    best, cuts = waste[0].copy(), []
-    best[0] = 0
-    for _ in range(n - 1):
-        options = best[:, None] + waste
-        np.fill_diagonal(options, best)                                 # or no further width
-        cuts.append(options.argmin(0))
-        best = options.min(0)
-    chosen = [len(top)]
-    for cut in reversed(cuts):
-        chosen.append(int(cut[chosen[-1]]))
-    return top[np.array(sorted(set(chosen) - {0})) - 1]
 
 def plan_epoch(corpus, epoch, seed):
     """All batches of an epoch in the order of training: [(rows, S, T), ...]. Every pair is in exactly one.
@@ -349,20 +326,19 @@ def plan_epoch(corpus, epoch, seed):
     """
     rng = np.random.default_rng((seed, epoch))
     n_src, n_tgt = corpus.n_src + 1, corpus.n_tgt + 1                       # with EOS
-    src_widths, tgt_widths = widths(n_src), widths(n_tgt)
-    S, T = src_widths[np.searchsorted(src_widths, n_src)], tgt_widths[group := np.searchsorted(tgt_widths, n_tgt)]
-    # Alike in both lengths, otherwise at random: by target width, and within it by source length, up and down in turn.
-    order = np.lexsort((rng.random(len(corpus)), np.where(group % 2, -n_src, n_src), T))
+    longer = np.maximum(n_src, n_tgt)
+    # Sorted by target length into groups of about eight batches, and in each group by source length, up and down in
+    # turn: neighbours are alike in both. The noise lets a pair meet other company in every epoch.
+    by_target = np.argsort(n_tgt + rng.uniform(-1, 1, len(corpus)))
+    group = np.empty(len(corpus), np.int64)
+    group[by_target] = np.cumsum(longer[by_target]) // (8 * batch_tokens)
+    order = np.lexsort((rng.random(len(corpus)), np.where(group % 2, -n_src, n_src), group))
     batches, at = [], 0
     while at < len(order):
         window = order[at:at + batch_tokens]
-        wide = np.maximum.accumulate(np.maximum(S[window], T[window]))
-        n = max(1, int((np.arange(1, len(window) + 1) * wide <= batch_tokens).sum()))
-        # A batch of two widths pads the narrower rows. It ends where the width changes, if it is half full by then.
-        rows = window[:n]
-        changes = 1 + np.flatnonzero(np.diff(S[rows]) | np.diff(T[rows]))
-        rows = rows[:changes[-1]] if len(changes) and changes[-1] >= n / 2 else rows
-        batches.append((rows, int(S[rows].max()), int(T[rows].max())))
+        size = np.arange(1, len(window) + 1) * np.maximum.accumulate(longer[window])
+        rows = window[:max(1, np.count_nonzero(size <= batch_tokens))]      # as many as fit, padded to the longest
+        batches.append((rows, int(n_src[rows].max()), int(n_tgt[rows].max())))
         at += len(rows)
     order = rng.permutation(len(batches))
     if epoch == 0:                                                          # the largest first: too little memory shows
@@ -621,7 +597,7 @@ def validate(run):
     torch.compiler.set_stance("default")
     run.loss_fn.train()
 
-PROGRESS = "step validated saved best_nll n_worse n_skipped recent compiled digest".split()      # of a run, in last.pt
+PROGRESS = "step validated saved best_nll n_worse n_skipped recent compiled made_with".split()   # of a run, in last.pt
 
 def save_checkpoint(run):
     """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes."""
@@ -633,11 +609,8 @@ def save_checkpoint(run):
             "model": run.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
             "scaler": run.scaler.state_dict()})
 
-def main():
-    run = SimpleNamespace(start_time=time.time(), step=0, validated=0, saved=0, best_nll=math.inf, n_worse=0,
-                          n_skipped=0, recent=[], training=True)
-
-    # ---- start: processes and device --------------------------------------------
+def start(run):
+    """This process's place among the others, its device, and out_dir, which no two runs may share."""
     env = lambda name, other=0: int(os.environ.get(name, other))        # set by torchrun
     run.world, run.rank, local_rank = env("WORLD_SIZE", 1), env("RANK"), env("LOCAL_RANK")
     run.say = print if run.rank == 0 else lambda *args, **options: None
@@ -645,88 +618,39 @@ def main():
         signal.signal(number, lambda number, frame: sys.exit(128 + number))         # until there is something to save
     check_settings()
     run.device = find_device(device, local_rank)
-    cuda = run.device.type == "cuda"
-    if cuda:
+    run.cuda = run.device.type == "cuda"
+    if run.cuda:
         torch.cuda.set_device(run.device)
         torch.backends.cuda.enable_cudnn_sdp(False)     # its backward with a mask can give NaN on Hopper
     elif run.world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // env("LOCAL_WORLD_SIZE", 1)))
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
-    run.last, log_path, run.model_path = (os.path.join(out_dir, name) for name in ("last.pt", "log.jsonl", "model.pt"))
+    run.last, log, run.model_path = (os.path.join(out_dir, name) for name in ("last.pt", "log.jsonl", "model.pt"))
     if resume and not os.path.exists(run.last):
         fail(f"--resume=True, but there is no {run.last}; start without it")
     os.makedirs(out_dir, exist_ok=True)
     if run.rank == 0:
-        run.log = open(log_path, "a", encoding="utf-8")
+        run.log = open(log, "a", encoding="utf-8")
         try:
             if fcntl:
                 fcntl.flock(run.log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # held until this process ends, however it ends
         except BlockingIOError:
             fail(f"another run is writing to {out_dir}; give this one its own --out_dir")
 
-    # ---- data -------------------------------------------------------------------
-    run.val, run.val_text, run.tokenizer, index = None, None, None, {}
-    if src:
-        run.say(f"preparing {src} and {tgt} ...", flush=True)
-        corpus, run.tokenizer, index = prepare(os.path.join(out_dir, "data"))
-        if val_src:
-            run.val_text = list(read_pairs(val_src, val_tgt))
-            run.val = Corpus.of([[run.tokenizer.encode(line)[:max_len - 1] for line in pair] for pair in run.val_text])
-    else:
-        pairs = copy_task(20_000, seed)
-        corpus, run.val = Corpus.of(pairs), Corpus.of(copy_task(1_000, seed + 1, without=pairs))
-    run.words = str.split if bleu_tokenize == "none" else tokenize_13a
-    run.digest = index.get("digest", "copy task")
-    plan = plan_epoch(corpus, 0, seed)
-    steps_per_epoch = len(plan) / (run.world * accumulate)
-    globals()["max_steps"] = max_steps or max(1, round(epochs * steps_per_epoch))
-    # The processes find each other in a store that torchrun keeps over restarts, with what the dead have left in it.
-    if run.world > 1:
-        timeout = timedelta(seconds=group_timeout)
-        store, _, _ = next(dist.rendezvous("env://", run.rank, run.world, timeout=timeout))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=run.rank, world_size=run.world,
-                                timeout=timeout)
-
-    # ---- model and optimizers -----------------------------------------------------
-    torch.manual_seed(seed)
-    config = Config(len(run.tokenizer) if src else vocab_size, d_model, n_heads, d_ff, n_encoder_layers,
-                    n_decoder_layers, dropout, norm_first)
-    run.model = Transformer(config).to(run.device)
-    torch.manual_seed(seed + run.rank)                  # the same weights on every rank, but other dropout
-    # §5.3 has Adam for all. Muon makes each matrix's step orthogonal: every direction in it learns at the same rate.
-    layers = nn.ModuleList((*run.model.encoder, *run.model.decoder))
-    matrices = [w for w in layers.parameters() if w.dim() == 2 and muon]
-    others = [w for w in run.model.parameters() if not any(w is matrix for matrix in matrices)]
-    run.optimizers = [torch.optim.Adam(others, betas=(0.9, 0.98), eps=1e-9, fused=run.device.type in ("cpu", "cuda"))]
-    if muon:
-        run.optimizers.append(torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
-    # Narrow matrices don't win back the casts to bfloat16; a GPU without it has float16, which needs its loss scaled.
-    run.amp = dtype if dtype != "auto" else "bfloat16" if has_bfloat16(run.device) and (cuda or d_model >= 128) else \
-        "float16" if cuda else "float32"
-    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "float16")
-    run.autocast = partial(torch.autocast, run.device.type, getattr(torch, run.amp), enabled=run.amp != "float32")
-    # Loss, nll, target ids and bad gradients since the last progress line. To read them is to wait for the device.
-    run.totals = torch.zeros(4, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
-
-    # ---- resume -------------------------------------------------------------------
-    restarted = env("TORCHELASTIC_RESTART_COUNT") > 0 and os.path.exists(run.last)          # --max-restarts
+def resumed(run):
+    """Puts the run where out_dir/last.pt left it, if it is to go on from there. -> what that file holds, or None"""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(run.last)  # --max-restarts
     state = None
     if from_rank_0(resume or restarted, run):
         state = read_checkpoint(run.last)
         if not isinstance(state, dict) or "ranks" not in state:
             fail(f"{run.last} is a checkpoint, but not one that train.py resumes from")
         try:
-            for name in FIXED:
-                if state["settings"][name] != globals()[name]:
-                    fail(f"{run.last} was made with --{name}={state['settings'][name]}, got {globals()[name]}")
-            if bool(state["settings"]["muon"]) != bool(muon):
-                fail(f"{run.last} was made with --muon={state['settings']['muon']}, got {muon}")
-            if state["digest"] != run.digest:
-                fail(f"{run.last} was made from other text than {src} and {tgt} hold now; start without --resume=True")
-            if len(state["ranks"]) != run.world:
-                fail(f"{run.last} was made by {len(state['ranks'])} processes, got {run.world}")
+            for name, value in run.made_with.items():
+                if state["made_with"][name] != value:
+                    fail(f"{run.last} was made with {name}={state['made_with'][name]}, got {value}; "
+                         "change it back, or start without --resume=True")
             run.model.load_state_dict(state["model"])
             for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
@@ -738,144 +662,35 @@ def main():
             what = f"{type(error).__name__}, {str(error).splitlines()[0]}"
             fail(f"{run.last} was saved by another version of train.py: {what}")
     if run.rank == 0:                   # the log's lines on steps to come go, in one cut: no kill loses other lines
-        with open(log_path, "rb") as f:
+        with open(run.log.name, "rb") as f:
             known = lambda line: run.step and line.endswith(b"}\n") and json.loads(line)["step"] <= run.step
             run.log.truncate(sum(map(len, itertools.takewhile(known, f))))
+    return state
 
-    # ---- what it will cost, and so whether to compile -----------------------------
-    real = corpus.n_ids(np.arange(len(corpus)))
-    id_flops = flops(config, *real, real[0] / len(corpus), real[1] / len(corpus)) / sum(real)
-    run_flops = id_flops * sum(real) / steps_per_epoch * max_steps
-    peak = matmul_rate(run.device, getattr(torch, run.amp)) * run.world
-    estimate = run_flops / (0.35 * peak)
-    run.compiled = compile == "True" or compile == "auto" and (run.compiled if state else estimate > 120)
-    if run.compiled and not cuda and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
-        run.say("no C++ compiler found: running without torch.compile")
-        run.compiled = False
-    run.compiled = from_rank_0(run.compiled, run)
-    step_fn = run.loss_fn = Loss(run.model, label_smoothing)
-    if run.compiled:
-        run.loss_fn.compile_parts()
-    if run.world > 1:
-        step_fn = nn.parallel.DistributedDataParallel(run.loss_fn, device_ids=[run.device.index] if cuda else None)
-    everyone = gathered([now(), run.digest, run.step, torch.__version__], run)
-    for r in range(run.world):
-        if everyone[r] != everyone[0]:
-            fail(f"rank {r} has other settings, text or torch than rank 0: {everyone[r]} there, {everyone[0]} here")
-
-    # ---- banner -------------------------------------------------------------------
+def banner(run):
+    """Says what is about to run, and how long it will take."""
+    real = run.corpus.n_ids(np.arange(len(run.corpus)))
     changed = " ".join(f"{name}={value}" for name, value in now().items() if value != settings[name])
-    where = torch.cuda.get_device_name(run.device) if cuda else f"{run.device}, {torch.get_num_threads()} threads"
-    padding = 1 - sum(real) / sum(len(rows) * (S + T) for rows, S, T in plan)
+    where = torch.cuda.get_device_name(run.device) if run.cuda else f"{run.device}, {torch.get_num_threads()} threads"
+    padding = 1 - sum(real) / sum(len(rows) * (S + T) for rows, S, T in run.plan)
     run.say(f"settings  {changed or 'the defaults: learning to copy'}")
     if src:
         mine = " ".join(name for name in recipe()[1] if name not in given)
         run.say(f"recipe    for {recipe()[0]:.1f} MB of text, from its size: {mine or 'nothing, all is given'}")
     how = f"{run.amp}, {'' if run.compiled else 'not '}compiled"
     run.say(f"machine   {run.world} x {where}, torch {torch.__version__}, {how}, "
-            f"{peak / 1e12:.3g} TFLOP/s in matrix products")
+            f"{run.peak / 1e12:.3g} TFLOP/s in matrix products")
     run.say(f"model     {sum(p.numel() for p in run.model.parameters()):,} parameters")
-    run.say(f"data      {len(corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
-            + (", ".join(f"{n} {reason}" for reason, n in index.get("left_out", {}).items()) or "none"))
-    size = f"{sum(real) / steps_per_epoch:,.0f} ids, {steps_per_epoch:.1f} steps an epoch, {run_flops:.2g} FLOPs"
-    run.say(f"run       {max_steps:,} steps of about {size}, {clock(estimate)}{' and compilation' * run.compiled}",
-            flush=True)
+    run.say(f"data      {len(run.corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
+            + (", ".join(f"{n} {reason}" for reason, n in run.left_out.items()) or "none"))
+    run.say(f"run       {max_steps:,} steps of about {sum(real) / run.steps_per_epoch:,.0f} ids, "
+            f"{run.steps_per_epoch:.1f} steps an epoch, {run.flops:.2g} FLOPs, {clock(run.estimate)}"
+            f"{' and compilation' * run.compiled}", flush=True)
     if run.step:
         run.say(f"resumed   from {run.last}, after step {run.step:,}")
 
-    # ---- training -----------------------------------------------------------------
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    run.loss_fn.train()
-    if state:                                           # only now, for nothing above to draw from them
-        torch.set_rng_state(state["ranks"][run.rank][0])
-        if cuda and state["ranks"][run.rank][1] is not None:
-            torch.cuda.set_rng_state(state["ranks"][run.rank][1])
-    due = lambda interval: run.step % interval == 0 or run.step == max_steps
-    steps = micro_batches(corpus, run.world * accumulate, run.step)
-    tick, n_ids = time.time(), 0
-    while True:
-        # Once in a while: is it better, is it saved, is it over?
-        if run.val and due(eval_interval) and run.validated < run.step:
-            validate(run)
-        if due(checkpoint_interval) and run.saved < run.step:
-            if average_last > 1 and run.rank == 0:
-                weights = {name: w.detach().cpu().clone() for name, w in run.model.state_dict().items()}
-                run.recent = (run.recent + [weights])[-average_last:]
-            run.saved = run.step
-            save_checkpoint(run)
-        if run.world == 1 or not cuda or due(log_interval):
-            leave_if_told(run)
-        if run.step >= max_steps or patience and run.n_worse >= patience:
-            break
-
-        # ---- the step ----------------------------------------------------------
-        run.step += 1
-        for optimizer, scale in zip(run.optimizers, (1.0, muon / peak_rate())):     # one schedule for both
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(run.step) * scale
-        # Every process knows the whole plan, and so how many target ids the step has on all of them together.
-        micro = next(steps)
-        n_tgt = sum(corpus.n_ids(rows)[1] for rows, _, _ in micro)
-        for i in range(accumulate):
-            # A copy from ordinary memory would wait until the GPU has nothing left to do.
-            batch = corpus.batch(*micro[i * run.world + run.rank])
-            x, y = (ids.pin_memory().to(run.device, non_blocking=True) if cuda else ids.to(run.device) for ids in batch)
-            if run.world > 1:
-                step_fn.require_backward_grad_sync = i == accumulate - 1            # one all-reduce a step
-            with run.autocast():
-                loss, nll = step_fn(x, y)
-            run.scaler.scale(loss * (run.world / n_tgt)).backward()                 # DDP averages over ranks: undo that
-            run.totals[:3] += torch.stack((loss.detach(), nll.detach(), (y[:, 1:] != PAD).sum()))
-        for optimizer in run.optimizers:
-            run.scaler.unscale_(optimizer)                                          # or clipping would clip the scale
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip or math.inf)
-        # A gradient that is not finite must not reach the weights. To look would be to wait for a GPU: there it becomes
-        # zero, and the next progress line or checkpoint, which looks, ends the run.
-        bad = ~norm.isfinite()
-        run.totals[3] += bad
-        look = not cuda or run.scaler.is_enabled() or due(log_interval) or due(checkpoint_interval)
-        skip = look and bool(run.totals[3])
-        if skip and not run.scaler.is_enabled():
-            sentences = sorted(int(r) for rows, _, _ in micro for r in rows)[:20]
-            fail(f"the gradient is {norm.item()} at step {run.step:,}{' or shortly before' * cuda}, in sentences "
-                 f"{sentences}...; {run.last} is from before; lower --learning_rate?")
-        if not look:
-            for w in run.model.parameters():
-                w.grad = torch.where(bad, 0.0, w.grad)
-        for optimizer in run.optimizers if not skip else []:
-            run.scaler.step(optimizer)
-        run.scaler.update()                                                         # after a skipped step, scale less
-        run.model.zero_grad(set_to_none=True)
-        # ---- end of the step ---------------------------------------------------
-
-        if skip:
-            run.n_skipped += 1
-            run.totals[3] = 0
-        n_ids += sum(sum(corpus.n_ids(rows)) for rows, _, _ in micro)
-        if due(log_interval):
-            seconds = time.time() - tick
-            if run.world > 1:
-                dist.all_reduce(run.totals)
-            loss, nll = (run.totals[:2] / run.totals[2]).tolist()
-            values = dict(loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)),
-                          learning_rate=learning_rate_at(run.step),
-                          grad_norm=norm.item(), skipped=run.n_skipped, tokens_per_second=n_ids / seconds,
-                          mfu=n_ids / seconds * id_flops / peak)
-            record(run, **values)
-            left = clock((max_steps - run.step) * seconds / log_interval)
-            line = ("step {:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {perplexity:8.2f}  lr {learning_rate:.2e}  "
-                    "norm {grad_norm:.2f}  {tokens_per_second:,.0f} ids/s  mfu {mfu:.0%}  left {}")
-            run.say(line.format(run.step, left, **values), flush=True)
-            run.totals.zero_()
-            tick, n_ids = time.time(), 0
-
-    # ---- the end: choose what model.pt is to be, and show what it can do -----------
-    if patience and run.n_worse >= patience:
-        run.say(f"step {run.step:6d}  {patience} validations without a better one: enough")
-    if run.saved < run.step:
-        save_checkpoint(run)                            # before the model becomes a mean
-    run.training = False
+def finish(run):
+    """Chooses what model.pt is to be, and shows what it can do."""
     torch.compiler.set_stance("force_eager")
     run.model.eval(), run.loss_fn.eval()
     if from_rank_0(len(run.recent), run) > 1:           # §6.1
@@ -909,6 +724,180 @@ def main():
         record(run, accuracy=accuracy)
     run.say(f"{clock(time.time() - run.start_time)} in all; the model is {run.model_path}"
             + (f"\nuse it:  python transformer.py --checkpoint={run.model_path} < in.txt > out.txt" if src else ""))
+
+def main():
+    run = SimpleNamespace(start_time=time.time(), step=0, validated=0, saved=0, best_nll=math.inf, n_worse=0,
+                          n_skipped=0, recent=[], training=True)
+
+    start(run)
+
+    # ---- data -------------------------------------------------------------------
+    run.val, run.val_text, run.tokenizer, index = None, None, None, {}
+    if src:
+        run.say(f"preparing {src} and {tgt} ...", flush=True)
+        run.corpus, run.tokenizer, index = prepare(os.path.join(out_dir, "data"))
+        if val_src:
+            run.val_text = list(read_pairs(val_src, val_tgt))
+            run.val = Corpus.of([[run.tokenizer.encode(line)[:max_len - 1] for line in pair] for pair in run.val_text])
+    else:
+        pairs = copy_task(20_000, seed)
+        run.corpus, run.val = Corpus.of(pairs), Corpus.of(copy_task(1_000, seed + 1, without=pairs))
+    run.words = str.split if bleu_tokenize == "none" else tokenize_13a
+    run.left_out = index.get("left_out", {})
+    run.made_with = {"the digest of the text": index.get("digest"), "processes": run.world, "Muon": muon > 0,
+                     **{f"--{name}": globals()[name] for name in FIXED}}
+    run.plan = plan_epoch(run.corpus, 0, seed)
+    run.steps_per_epoch = len(run.plan) / (run.world * accumulate)
+    globals()["max_steps"] = max_steps or max(1, round(epochs * run.steps_per_epoch))
+    # The processes find each other in a store that torchrun keeps over restarts, with what the dead have left in it.
+    if run.world > 1:
+        timeout = timedelta(seconds=group_timeout)
+        store, _, _ = next(dist.rendezvous("env://", run.rank, run.world, timeout=timeout))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if run.cuda else "gloo", store=store, rank=run.rank, world_size=run.world,
+                                timeout=timeout)
+
+    # ---- model and optimizers -----------------------------------------------------
+    torch.manual_seed(seed)
+    config = Config(len(run.tokenizer) if src else vocab_size, d_model, n_heads, d_ff, n_encoder_layers,
+                    n_decoder_layers, dropout, norm_first)
+    run.model = Transformer(config).to(run.device)
+    torch.manual_seed(seed + run.rank)                  # the same weights on every rank, but other dropout
+    # §5.3 has Adam for all. Muon makes each matrix's step orthogonal: every direction in it learns at the same rate.
+    layers = nn.ModuleList((*run.model.encoder, *run.model.decoder))
+    matrices = [w for w in layers.parameters() if w.dim() == 2 and muon]
+    others = [w for w in run.model.parameters() if not any(w is matrix for matrix in matrices)]
+    run.optimizers = [torch.optim.Adam(others, betas=(0.9, 0.98), eps=1e-9, fused=run.device.type in ("cpu", "cuda"))]
+    if muon:
+        run.optimizers.append(torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    # Narrow matrices don't win back the casts to bfloat16; a GPU without it has float16, which needs its loss scaled.
+    fast = has_bfloat16(run.device) and (run.cuda or d_model >= 128)
+    run.amp = dtype if dtype != "auto" else "bfloat16" if fast else "float16" if run.cuda else "float32"
+    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "float16")
+    run.autocast = partial(torch.autocast, run.device.type, getattr(torch, run.amp), enabled=run.amp != "float32")
+    # Loss, nll, target ids and bad gradients since the last progress line. To read them is to wait for the device.
+    run.totals = torch.zeros(4, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
+
+    state = resumed(run)
+
+    # ---- what it will cost, and so whether to compile -----------------------------
+    real = run.corpus.n_ids(np.arange(len(run.corpus)))
+    run.id_flops = flops(config, *real, real[0] / len(run.corpus), real[1] / len(run.corpus)) / sum(real)
+    run.flops = run.id_flops * sum(real) / run.steps_per_epoch * max_steps
+    run.peak = matmul_rate(run.device, getattr(torch, run.amp)) * run.world
+    run.estimate = run.flops / (0.35 * run.peak)
+    run.compiled = compile == "True" or compile == "auto" and (run.compiled if state else run.estimate > 120)
+    if run.compiled and not run.cuda and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
+        run.say("no C++ compiler found: running without torch.compile")
+        run.compiled = False
+    run.compiled = from_rank_0(run.compiled, run)
+    step_fn = run.loss_fn = Loss(run.model, label_smoothing)
+    if run.compiled:
+        run.loss_fn.compile_parts()
+    if run.world > 1:
+        step_fn = nn.parallel.DistributedDataParallel(run.loss_fn, device_ids=[run.device.index] if run.cuda else None)
+    everyone = gathered([now(), run.made_with, run.step, torch.__version__], run)
+    for r in range(run.world):
+        if everyone[r] != everyone[0]:
+            fail(f"rank {r} has other settings, text or torch than rank 0: {everyone[r]} there, {everyone[0]} here")
+
+    banner(run)
+
+    # ---- training -----------------------------------------------------------------
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    run.loss_fn.train()
+    if state:                                           # only now, for nothing above to draw from them
+        torch.set_rng_state(state["ranks"][run.rank][0])
+        if run.cuda and state["ranks"][run.rank][1] is not None:
+            torch.cuda.set_rng_state(state["ranks"][run.rank][1])
+    due = lambda interval: run.step % interval == 0 or run.step == max_steps
+    steps = micro_batches(run.corpus, run.world * accumulate, run.step)
+    tick, n_ids = time.time(), 0
+    while True:
+        # Once in a while: is it better, is it saved, is it over?
+        if run.val and due(eval_interval) and run.validated < run.step:
+            validate(run)
+        if due(checkpoint_interval) and run.saved < run.step:
+            if average_last > 1 and run.rank == 0:
+                weights = {name: w.detach().cpu().clone() for name, w in run.model.state_dict().items()}
+                run.recent = (run.recent + [weights])[-average_last:]
+            run.saved = run.step
+            save_checkpoint(run)
+        if run.world == 1 or not run.cuda or due(log_interval):
+            leave_if_told(run)
+        if run.step >= max_steps or patience and run.n_worse >= patience:
+            break
+
+        # ---- the step ----------------------------------------------------------
+        run.step += 1
+        for optimizer, scale in zip(run.optimizers, (1.0, muon / peak_rate())):     # one schedule for both
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(run.step) * scale
+        # Every process knows the whole plan, and so how many target ids the step has on all of them together.
+        micro = next(steps)
+        n_tgt = sum(run.corpus.n_ids(rows)[1] for rows, _, _ in micro)
+        for i in range(accumulate):
+            batch = run.corpus.batch(*micro[i * run.world + run.rank])
+            if run.cuda:                # a copy from ordinary memory would wait until the GPU has nothing left to do
+                batch = [ids.pin_memory() for ids in batch]
+            x, y = (ids.to(run.device, non_blocking=run.cuda) for ids in batch)
+            if run.world > 1:
+                step_fn.require_backward_grad_sync = i == accumulate - 1            # one all-reduce a step
+            with run.autocast():
+                loss, nll = step_fn(x, y)
+            run.scaler.scale(loss * (run.world / n_tgt)).backward()                 # DDP averages over ranks: undo that
+            run.totals[:3] += torch.stack((loss.detach(), nll.detach(), (y[:, 1:] != PAD).sum()))
+        for optimizer in run.optimizers:
+            run.scaler.unscale_(optimizer)                                          # or clipping would clip the scale
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip or math.inf)
+        # A gradient that is not finite must not reach the weights. To look would be to wait for a GPU: there it becomes
+        # zero, and the next progress line or checkpoint, which looks, ends the run.
+        bad = ~norm.isfinite()
+        run.totals[3] += bad
+        look = not run.cuda or run.scaler.is_enabled() or due(log_interval) or due(checkpoint_interval)
+        skip = look and bool(run.totals[3])
+        if skip and not run.scaler.is_enabled():
+            sentences = sorted(int(r) for rows, _, _ in micro for r in rows)[:20]
+            fail(f"the gradient is {norm.item()} at step {run.step:,}{' or shortly before' * run.cuda}, in sentences "
+                 f"{sentences}...; {run.last} is from before; lower --learning_rate?")
+        if not look:
+            for w in run.model.parameters():
+                w.grad = torch.where(bad, 0.0, w.grad)
+        for optimizer in run.optimizers if not skip else []:
+            run.scaler.step(optimizer)
+        run.scaler.update()                                                         # after a skipped step, scale less
+        run.model.zero_grad(set_to_none=True)
+        # ---- end of the step ---------------------------------------------------
+
+        if skip:
+            run.n_skipped += 1
+            run.totals[3] = 0
+        n_ids += sum(sum(run.corpus.n_ids(rows)) for rows, _, _ in micro)
+        if due(log_interval):
+            seconds = time.time() - tick
+            if run.world > 1:
+                dist.all_reduce(run.totals)
+            loss, nll = (run.totals[:2] / run.totals[2]).tolist()
+            values = dict(loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)),
+                          learning_rate=learning_rate_at(run.step),
+                          grad_norm=norm.item(), skipped=run.n_skipped, tokens_per_second=n_ids / seconds,
+                          mfu=n_ids / seconds * run.id_flops / run.peak)
+            record(run, **values)
+            left = clock((max_steps - run.step) * seconds / log_interval)
+            line = ("step {:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {perplexity:8.2f}  lr {learning_rate:.2e}  "
+                    "norm {grad_norm:.2f}  {tokens_per_second:,.0f} ids/s  mfu {mfu:.0%}  left {}")
+            run.say(line.format(run.step, left, **values), flush=True)
+            run.totals.zero_()
+            tick, n_ids = time.time(), 0
+
+    # ---- the end ------------------------------------------------------------------
+    if patience and run.n_worse >= patience:
+        run.say(f"step {run.step:6d}  {patience} validations without a better one: enough")
+    if run.saved < run.step:
+        save_checkpoint(run)                            # before the model becomes a mean
+    run.training = False
+    finish(run)
     if run.world > 1:
         dist.destroy_process_group()
 
