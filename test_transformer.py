@@ -602,7 +602,7 @@ def test_the_model_stands_alone_above_the_line(tmp_path):
 
 def test_the_shape_of_the_house():
     """What a reader's patience allows, arrows that point down only, and no function hidden inside another."""
-    limits = {"transformer.py": 980, "train.py": 922, "bench.py": 240, "README.md": 170}
+    limits = {"transformer.py": 980, "train.py": 950, "bench.py": 240, "README.md": 170}
     lines = {name: open(os.path.join(HERE, name), encoding="utf-8").read().splitlines() for name in limits}
     assert {name: len(text) <= limits[name] for name, text in lines.items()} == dict.fromkeys(limits, True)
     lines["test_transformer.py"] = open(__file__, encoding="utf-8").read().splitlines()
@@ -815,6 +815,19 @@ def test_the_schedule_is_equation_3(settings):
     assert T.learning_rate_at(1) != T.learning_rate_at(2)
     settings(learning_rate=1e-3, decay="linear", max_steps=5000)
     assert T.learning_rate_at(2000) == pytest.approx(5e-4) == T.learning_rate_at(4500) and T.learning_rate_at(5000) == 0
+
+def test_muon_is_that_of_pytorch():
+    shapes = [(24, 24), (48, 24), (24, 48), (24, 24), (8, 40)]
+    ours, theirs = ([nn.Parameter(torch.randn(s, generator=torch.manual_seed(SEED))) for s in shapes] for _ in range(2))
+    pair = T.Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    for a, b in zip(ours, theirs):                                      # both round to bfloat16, each in its own order
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
 
 def test_the_loss_is_label_smoothed_cross_entropy():
     model, src, tgt = small(), random_batch(), torch.cat((torch.full((6, 1), BOS), random_batch()), 1)
@@ -1244,11 +1257,9 @@ def overflows(weights, *args):
         next(w for w in weights if w.dim() == 2 and w.shape[0] != 11).grad[0, 0] = float("inf")
     return clip(weights, *args)
 torch.nn.utils.clip_grad_norm_ = overflows
-for kind in (torch.optim.Adam, torch.optim.Muon):
-    def step(self, *args, old=kind.step, kind=kind, **options):
-        taken.append((kind.__name__, n[0]))
-        return old(self, *args, **options)
-    kind.step = step
+from torch.optim.optimizer import register_optimizer_step_post_hook
+register_optimizer_step_post_hook(
+    lambda optimizer, args, options: taken.append((type(optimizer).__name__, n[0])))
 import atexit
 atexit.register(lambda: print("taken", sorted(set(taken))))""")
     result = run("-c", code, *TINY, "--dtype=float16", "--muon=0.01", f"--out_dir={tmp_path}")
