@@ -48,7 +48,7 @@ log_interval = 50           # steps between progress lines
 eval_interval = 150         # steps between validations
 checkpoint_interval = 150   # steps between checkpoints
 beam_size = 4               # hypotheses for each sentence in the final BLEU (§6.1)
-length_penalty = 0.6        # its alpha
+length_penalty = "auto"     # its alpha, kept in model.pt; auto: the best of 0.6, 1.0 and 1.4 on the validation text
 # the machine
 seed = 1                    # of weights, batches and dropout
 device = "auto"             # cpu, cuda, cuda:1, mps; auto: cuda where there is one
@@ -79,7 +79,7 @@ RECIPES = {
 BOUNDS = dict.fromkeys("""batch_tokens accumulate log_interval eval_interval checkpoint_interval average_last beam_size
     warmup_steps max_len group_timeout""".split(), (1, 1e9))
 BOUNDS |= dict.fromkeys("max_steps epochs learning_rate muon grad_clip max_ratio patience seed".split(), (0, 1e9))
-BOUNDS |= dict(label_smoothing=(0, 0.999), length_penalty=(-10, 10), decay=["inverse_sqrt", "linear"],
+BOUNDS |= dict(label_smoothing=(0, 0.999), decay=["inverse_sqrt", "linear"],
                compile=["auto", "True", "False"], bleu_tokenize=["13a", "none"],
                dtype=["auto", "float32", "bfloat16", "float16"])
 # What a resumed run must not change, besides its text, its kinds of optimizers and the number of its processes.
@@ -135,6 +135,8 @@ def check_settings():
             fail(f"--{name} must be one of {', '.join(allowed)}, got {value!r}")
         if isinstance(allowed, tuple) and not allowed[0] <= value <= allowed[1]:
             fail(f"--{name} must be from {allowed[0]} to {allowed[1]:g}, got {value}")
+    if length_penalty != "auto" and not re.fullmatch(r"-?\d(\.\d*)?", length_penalty):
+        fail(f"--length_penalty must be auto or a number from -10 to 10, got {length_penalty}")
     if not max_steps and not epochs:
         fail("--max_steps and --epochs are both 0: nothing to do")
 
@@ -733,13 +735,18 @@ def finish(run):
     from_rank_0(None, run)                              # model.pt is there now
     best, _ = load(run.model_path, run.device)
     if run.val_text:
-        best = for_inference(best, run.amp if run.amp != "float16" else "float32")
+        fast = for_inference(best, run.amp if run.amp != "float16" else "float32")
         sources, truths = zip(*run.val_text)
-        out = translations(best, sources, run, beam_size=beam_size, length_penalty=length_penalty)
-        score = bleu(out, truths, run.words)
-        run.say(f"validation BLEU {score:.2f}, all {len(out):,} lines (tokenizer {bleu_tokenize}, beam {beam_size}, "
-                f"length penalty {length_penalty})")
-        record(run, bleu=score)
+        scores = {}
+        for alpha in (0.6, 1.0, 1.4) if length_penalty == "auto" else [float(length_penalty)]:
+            out = translations(fast, sources, run, beam_size=beam_size, length_penalty=alpha)
+            scores[alpha] = bleu(out, truths, run.words)
+        alpha = max(scores, key=scores.get)
+        if run.rank == 0:
+            save(run.model_path, best, run.tokenizer, alpha)            # its translations have this penalty from now on
+        run.say(f"validation BLEU {scores[alpha]:.2f}, all {len(out):,} lines (tokenizer {bleu_tokenize}, "
+                f"beam {beam_size}, length penalty {alpha})")
+        record(run, bleu=scores[alpha])
     elif not src:
         pairs, words = [], lambda row: row[:row.index(EOS)]
         for rows, S, T in my_share(plan_epoch(run.val, 0, 0), run):

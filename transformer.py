@@ -715,11 +715,12 @@ def write_atomically(path, content):
             os.remove(path + ".tmp")
         raise OSError(error.errno, error.strerror, path) from None      # "No space left on device", and where
 
-def save(path, model, tokenizer=None):
-    """Writes the model, its config and its tokenizer to one file, atomically. Raises OSError if it can't."""
+def save(path, model, tokenizer=None, length_penalty=0.6):
+    """Writes the model with all it takes to translate to one file, atomically. Raises OSError if it can't."""
     merges = None if tokenizer is None else torch.tensor(tokenizer.merges, dtype=torch.int32).view(-1, 2)
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
-    write_atomically(path, {"format": FORMAT, "config": vars(model.config), "model": weights, "merges": merges})
+    write_atomically(path, {"format": FORMAT, "config": vars(model.config), "model": weights, "merges": merges,
+                            "length_penalty": length_penalty})
 
 def read_checkpoint(path):
     """The dict that write_atomically wrote, if every bit of it is still right. Raises ValueError in one line if not."""
@@ -853,11 +854,10 @@ def draw_attention(model, tokenizer, source, target):
 def read_windows(stream):
     """Lists of lines from a binary stream, each what one read brings: a file comes in large blocks, and a pipe as it is
     written, so an endless input is translated as it comes. Only \\n ends a line; bytes not UTF-8 turn U+FFFD."""
-    lines, rest = [], b""
+    rest = b""
     while block := stream.read1(1 << 19):
         *lines, rest = (rest + block).split(b"\n")
-        if lines:
-            yield [line.removesuffix(b"\r").decode("utf-8", "replace") for line in lines]
+        yield [line.removesuffix(b"\r").decode("utf-8", "replace") for line in lines]
     if rest:
         yield [rest.removesuffix(b"\r").decode("utf-8", "replace")]
 
@@ -883,7 +883,6 @@ def tour():
         show("memory: the encoder's output", memory := model.encode(src))
         show("states: the decoder's output", model.decode(tgt_in, memory, src))
         show("logits: a score for every word", logits := model(src, tgt_in))
-
         assert torch.allclose(weights.sum(-1), torch.ones(())) and not weights[1, :, :, 3:].any()
         changed = tgt_in.index_fill(1, torch.tensor([3]), 10)
         assert torch.equal(model(src, changed)[:, :3], logits[:, :3]) and not torch.equal(model(src, changed), logits)
@@ -902,8 +901,7 @@ def tour():
         if step in (1, 10, 100):
             print(f"  step {step:3}  loss {loss.item():.3f}")
     assert torch.equal(greedy(model, src), tgt_out)
-    print("  greedy decoding writes", *tgt_out.tolist())
-    print("All of it holds. Next: python train.py")
+    print("  greedy decoding writes", *tgt_out.tolist(), "\nAll of it holds. Next: python train.py")
 
 # ---- The command line, of this script and of train.py and bench.py -----------
 
@@ -940,7 +938,7 @@ def main(*,
     # ---- settings ---------------------------------------------------------------
     checkpoint="",          # a file that train.py wrote; "": the tour
     beam_size=4,            # hypotheses kept for each sentence; 1 is greedy
-    length_penalty=0.6,     # alpha of the length penalty: larger favours longer translations
+    length_penalty="auto",  # its alpha, larger for longer translations; auto: what train.py found best in validation
     n_best=1,               # translations for each line; above 1 each is printed as line number, score, text, with tabs
     batch_tokens=4096,      # source ids translated together, padding included
     max_src=1024,           # source ids after which a line is cut
@@ -956,6 +954,8 @@ def main(*,
     try:
         model, tokenizer = load(checkpoint, device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         model = for_inference(model, dtype)
+        saved = read_checkpoint(checkpoint).get("length_penalty", 0.6)
+        alpha = float(saved if length_penalty == "auto" else length_penalty)
     except (ValueError, RuntimeError, AssertionError) as error:         # the latter two for a device that isn't there
         fail(f"--device={device} can't be used: " * (not isinstance(error, ValueError)) + str(error).splitlines()[0])
     if tokenizer is None:
@@ -965,7 +965,7 @@ def main(*,
     n = 0
     try:
         for lines in read_windows(sys.stdin.buffer):
-            results = translate(model, tokenizer, lines, beam_size, length_penalty, batch_tokens, n_best, max_src)
+            results = translate(model, tokenizer, lines, beam_size, alpha, batch_tokens, n_best, max_src)
             for line, best in zip(lines, results):
                 print(*(f"{n}\t{score:.4f}\t{text}" if n_best > 1 else text for text, score in best), sep="\n")
                 if attention and line.strip():
