@@ -602,7 +602,7 @@ def test_the_model_stands_alone_above_the_line(tmp_path):
 
 def test_the_shape_of_the_house():
     """What a reader's patience allows, arrows that point down only, and no function hidden inside another."""
-    limits = {"transformer.py": 980, "train.py": 957, "bench.py": 240, "README.md": 170}
+    limits = {"transformer.py": 980, "train.py": 958, "bench.py": 240, "README.md": 170}
     lines = {name: open(os.path.join(HERE, name), encoding="utf-8").read().splitlines() for name in limits}
     assert {name: len(text) <= limits[name] for name, text in lines.items()} == dict.fromkeys(limits, True)
     lines["test_transformer.py"] = open(__file__, encoding="utf-8").read().splitlines()
@@ -672,6 +672,7 @@ def test_translator_mistakes_cost_one_line(toy, tmp_path, mistake):
                        ([f"--checkpoint={tmp_path}/none.pt"], "No such file"),
                        ([f"--checkpoint={toy}", "--beam_size=0"], "beam_size"),
                        ([f"--checkpoint={toy}", "--beam_size=many"], "beam_size"),
+                       ([f"--checkpoint={toy}", "--length_penalty=long"], "--length_penalty must be auto or a number"),
                        ([f"--checkpoint={toy}", "--dtype=int9"], "dtype"),
                        ([f"--checkpoint={toy}", "--device=warp"], "--device=warp"), (["--attention=x"], "attention")):
         assert word in mistake("transformer.py", *args)
@@ -1192,7 +1193,7 @@ config = Config(vocab_size=20, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=
 for kind in (GPT, BERT):
     model = kind(config)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for step in range(400):
+    for step in range(600):
         ids = (torch.randint(16, (32, 1)) + torch.arange(12)) % 16 + 3             # below 19, the mask of BERT
         if kind is GPT:
             loss = F.cross_entropy(model(ids[:, :-1])[:, 3:].flatten(0, 1), ids[:, 4:].flatten())

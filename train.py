@@ -11,7 +11,8 @@ It writes out_dir/model.pt (to use), out_dir/last.pt (to resume with --resume=Tr
 """
 
 # ---- settings ---------------------------------------------------------------
-# The defaults train the copy task. With --src, RECIPES below replace those that the command line leaves open.
+# The defaults train the copy task. With --src, RECIPES below replace those that the command line leaves open: Section 5
+# is their last row, and the others leave it for what small corpora and few hours need.
 src = ""                    # source side of the training text, one sentence a line, plain or .gz; "": the copy task
 tgt = ""                    # target side: line i is the translation of line i of src
 val_src = ""                # validation text, likewise; "": none

@@ -916,8 +916,7 @@ def override(settings, argv, path):
     given = {}
     for arg in argv:
         if arg in ("--help", "-h"):
-            with open(path, encoding="utf-8") as f:
-                what, names = re.split("\n *# ---- (?:end of )?settings.*\n", f.read())[:2]
+            what, names = re.split("\n *# ---- (?:end of )?settings.*\n", open(path, encoding="utf-8").read())[:2]
             print(what.split('"""')[1].split("\nRead it")[0].strip(), names, sep="\n\n")
             sys.exit(0)
         name, equals, value = arg.removeprefix("--").partition("=")     # the first "=" only: a value may hold more
@@ -951,11 +950,12 @@ def main(*,
         return tour()
     if batch_tokens < 1 or max_src < 1 or not 1 <= n_best <= beam_size:
         fail("expected batch_tokens and max_src of at least 1, and 1 <= n_best <= beam_size")
+    if not re.fullmatch(r"auto|-?\d(\.\d*)?", length_penalty):
+        fail(f"--length_penalty must be auto or a number from -10 to 10, got {length_penalty}")
     try:
         model, tokenizer = load(checkpoint, device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         model = for_inference(model, dtype)
-        saved = read_checkpoint(checkpoint).get("length_penalty", 0.6)
-        alpha = float(saved if length_penalty == "auto" else length_penalty)
+        alpha = length_penalty if length_penalty != "auto" else read_checkpoint(checkpoint).get("length_penalty", 0.6)
     except (ValueError, RuntimeError, AssertionError) as error:         # the latter two for a device that isn't there
         fail(f"--device={device} can't be used: " * (not isinstance(error, ValueError)) + str(error).splitlines()[0])
     if tokenizer is None:
@@ -965,7 +965,7 @@ def main(*,
     n = 0
     try:
         for lines in read_windows(sys.stdin.buffer):
-            results = translate(model, tokenizer, lines, beam_size, alpha, batch_tokens, n_best, max_src)
+            results = translate(model, tokenizer, lines, beam_size, float(alpha), batch_tokens, n_best, max_src)
             for line, best in zip(lines, results):
                 print(*(f"{n}\t{score:.4f}\t{text}" if n_best > 1 else text for text, score in best), sep="\n")
                 if attention and line.strip():
