@@ -136,7 +136,7 @@ def check_settings():
             fail(f"--{name} must be one of {', '.join(allowed)}, got {value!r}")
         if isinstance(allowed, tuple) and not allowed[0] <= value <= allowed[1]:
             fail(f"--{name} must be from {allowed[0]} to {allowed[1]:g}, got {value}")
-    if length_penalty != "auto" and not re.fullmatch(r"-?\d(\.\d*)?", length_penalty):
+    if not re.fullmatch(r"auto|-?(10(\.0*)?|\d(\.\d*)?|\.\d+)", length_penalty):
         fail(f"--length_penalty must be auto or a number from -10 to 10, got {length_penalty}")
     if not max_steps and not epochs:
         fail("--max_steps and --epochs are both 0: nothing to do")

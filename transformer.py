@@ -950,7 +950,7 @@ def main(*,
         return tour()
     if batch_tokens < 1 or max_src < 1 or not 1 <= n_best <= beam_size:
         fail("expected batch_tokens and max_src of at least 1, and 1 <= n_best <= beam_size")
-    if not re.fullmatch(r"auto|-?\d(\.\d*)?", length_penalty):
+    if not re.fullmatch(r"auto|-?(10(\.0*)?|\d(\.\d*)?|\.\d+)", str(length_penalty)):
         fail(f"--length_penalty must be auto or a number from -10 to 10, got {length_penalty}")
     try:
         model, tokenizer = load(checkpoint, device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
