@@ -18,7 +18,7 @@ steps = 8                   # timed steps; the median counts
 decode_batch = 32           # sentences decoded together
 decode_len = 32             # ids decoded for each
 device = "auto"             # cpu or cuda; auto: cuda where there is one
-dtype = "auto"              # bfloat16 or float32; auto: bfloat16 where the hardware has it and the model is not tiny
+dtype = "auto"              # bfloat16, float32, or int8 to decode in; auto: bfloat16 where the hardware has it
 plan = False                # True: measures this machine and says what a run would cost, on as many of it
 plan_tokens = 5e9           # source and target ids the run reads, all epochs together; the paper's: 100,000 x 50,000
 plan_devices = 1            # devices like this one; gradients are summed over them once a step
@@ -45,8 +45,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from train import Loss, find_device, flops, keep_freed_memory, matmul_rate
-from transformer import (BOS, EOS, PAD, Config, Transformer, beam_search, fail, for_inference, has_bfloat16, override,
-                         sinusoids)
+from transformer import (BOS, EOS, PAD, Config, Transformer, beam_search, fail, for_inference, has_bfloat16, has_int8,
+                         override, sinusoids)
 
 SIZES = {"copy": (64, 128, 4, 2), "tiny": (128, 256, 4, 4), "small": (256, 1024, 4, 3), "base": (512, 2048, 8, 6),
          "big": (1024, 4096, 16, 6)}
@@ -135,8 +135,8 @@ def main():
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if size not in SIZES:
         fail(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        fail(f"--dtype must be auto, float32 or bfloat16, got {dtype!r}")
+    if dtype not in ("auto", "float32", "bfloat16", "int8"):
+        fail(f"--dtype must be auto, float32, bfloat16 or int8, got {dtype!r}")
     for name in ("batch", "length", "steps", "decode_batch", "decode_len", "plan_tokens", "plan_devices"):
         if globals()[name] < 1:
             fail(f"--{name} must be at least 1, got {globals()[name]}")
@@ -154,7 +154,7 @@ def main():
     torch._dynamo.config.optimize_ddp = False
     D, FF, H, N = SIZES[size]
     wide = cuda or D >= 128                             # as in train.py: narrow matrices don't win back the casts
-    low = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and has_bfloat16(dev) and wide else torch.float32
+    low = torch.bfloat16 if dtype == "bfloat16" or dtype != "float32" and has_bfloat16(dev) and wide else torch.float32
     config = Config(vocab_size, d_model=D, d_ff=FF, n_heads=H, n_encoder_layers=N, n_decoder_layers=N, norm_first=True)
     rate = matmul_rate(dev, low)
     torch.manual_seed(seed)
@@ -217,16 +217,16 @@ def main():
         result["train_speedup"] = slow / fast
         source = src[:1, :24].repeat(decode_batch, 1).clamp(min=EOS + 1)
         generated = decode_batch * decode_len
-        model, reference = for_inference(Transformer(config).to(dev), half), reference.eval()
+        numbers = "int8" if dtype == "int8" and has_int8(dev) else half
+        model, reference = for_inference(Transformer(config).to(dev), numbers), reference.eval()
         slow = timed(lambda: greedy(reference, source, decode_len), 1, sync, 1)
         row("greedy, torch.nn.Transformer, no cache, float32", slow, generated)
         for beam in (1, 4):
             decode = lambda: beam_search(model, source, beam, max_len=decode_len, min_len=decode_len)
             fast = timed(decode, 3, sync, 1)
-            row(f"{'greedy' if beam == 1 else 'beam 4'}, this model, {half}", fast, generated)
+            row(f"{'greedy' if beam == 1 else 'beam 4'}, this model, {numbers}", fast, generated)
             result[f"decode_speedup_beam_{beam}"] = slow / fast
-        peak = peak_memory(cuda)
-        result["peak_memory_bytes"] = peak
+        peak = result["peak_memory_bytes"] = peak_memory(cuda)
         print(f"\ntraining {result['train_speedup']:.1f}x, greedy decoding {result['decode_speedup_beam_1']:.1f}x "
               f"torch.nn.Transformer; peak memory {peak / 1e9:.2f} GB")
     if rank == 0:

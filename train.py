@@ -38,6 +38,7 @@ max_steps = 300             # optimizer steps; 0: as many as `epochs` needs
 epochs = 0.0                # passes over the training pairs, if max_steps is 0
 learning_rate = 4e-3        # of Adam at the end of warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
 muon = 5e-3                 # learning rate of Muon for the matrices of the layers; 0: Adam for all, as in the paper
+embedding_decay = 0.0       # AdamW's weight decay of the embeddings, for small corpora; 0: none, as in the paper
 warmup_steps = 50           # steps of linear rise
 decay = "linear"            # after warm-up: inverse_sqrt (§5.3), or linear, down to 0 at max_steps
 label_smoothing = 0.1       # §5.4
@@ -49,7 +50,7 @@ log_interval = 50           # steps between progress lines
 eval_interval = 150         # steps between validations
 checkpoint_interval = 150   # steps between checkpoints
 beam_size = 4               # hypotheses for each sentence in the final BLEU (§6.1)
-length_penalty = "auto"     # its alpha, kept in model.pt; auto: the best of 0.6, 1.0 and 1.4 on the validation text
+length_penalty = -1.0       # its alpha, kept in model.pt; -1: the best of 0.6, 1.0 and 1.4 on the validation text
 # the machine
 seed = 1                    # of weights, batches and dropout
 device = "auto"             # cpu, cuda, cuda:1, mps; auto: cuda where there is one
@@ -63,7 +64,7 @@ settings = {k: v for k, v in globals().items() if k[0] != "_" and type(v) in (bo
 # With --src, these take the place of what the command line leaves open: the first row whose size, in MB of text on both
 # sides, is not below that of the corpus. A small corpus needs a small model, much dropout and many epochs.
 SMALL = dict(n_encoder_layers=4, n_decoder_layers=4, norm_first=True, batch_tokens=4096, max_steps=0, muon=1e-2,
-             warmup_steps=200, eval_interval=500, checkpoint_interval=500, patience=5)
+             embedding_decay=0.1, warmup_steps=200, eval_interval=500, checkpoint_interval=500, patience=5)
 RECIPES = {
     2: dict(SMALL, vocab_size=3000, d_model=128, d_ff=256, dropout=0.3, epochs=50.0),                  # 15,000 pairs
     15: dict(SMALL, vocab_size=5000, d_model=128, d_ff=256, dropout=0.2, epochs=36.0),                 # 100,000
@@ -79,13 +80,14 @@ RECIPES = {
 # The smallest and the largest value that makes sense, or all that do.
 BOUNDS = dict.fromkeys("""batch_tokens accumulate log_interval eval_interval checkpoint_interval average_last beam_size
     warmup_steps max_len group_timeout""".split(), (1, 1e9))
-BOUNDS |= dict.fromkeys("max_steps epochs learning_rate muon grad_clip max_ratio patience seed".split(), (0, 1e9))
-BOUNDS |= dict(label_smoothing=(0, 0.999), decay=["inverse_sqrt", "linear"],
+BOUNDS |= dict.fromkeys("""max_steps epochs learning_rate muon embedding_decay grad_clip max_ratio patience
+    seed""".split(), (0, 1e9))
+BOUNDS |= dict(label_smoothing=(0, 0.999), length_penalty=(-1, 10), decay=["inverse_sqrt", "linear"],
                compile=["auto", "True", "False"], bleu_tokenize=["13a", "none"],
                dtype=["auto", "float32", "bfloat16", "float16"])
 # What a resumed run must not change, besides its text, its kinds of optimizers and the number of its processes.
 FIXED = """vocab_size d_model d_ff n_heads n_encoder_layers n_decoder_layers norm_first batch_tokens accumulate seed
-    src tgt max_len max_ratio""".split()
+    src tgt max_len max_ratio embedding_decay""".split()
 
 import ctypes
 import gzip
@@ -101,7 +103,7 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
@@ -123,7 +125,7 @@ now = lambda: {name: globals()[name] for name in settings}                      
 
 def check_settings():
     """Ends the run, in one line, if a setting makes no sense: before anything is read or written."""
-    files = {"src": src, "tgt": tgt, "val_src": val_src, "val_tgt": val_tgt}
+    files = {name: globals()[name] for name in ("src", "tgt", "val_src", "val_tgt")}
     if bool(src) != bool(tgt) or bool(val_src) != bool(val_tgt) or val_src and not src:
         fail(f"--src and --tgt belong together, and --val_src and --val_tgt to them, got {files}")
     for name, path in files.items():
@@ -131,13 +133,10 @@ def check_settings():
             found = "another thing" if os.path.exists(path) else "nothing there"
             fail(f"--{name}={path}: expected a text file, found {found}")
     for name, allowed in BOUNDS.items():
-        value = globals()[name]
-        if isinstance(allowed, list) and value not in allowed:
-            fail(f"--{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if isinstance(allowed, tuple) and not allowed[0] <= value <= allowed[1]:
-            fail(f"--{name} must be from {allowed[0]} to {allowed[1]:g}, got {value}")
-    if not re.fullmatch(r"auto|-?(10(\.0*)?|\d(\.\d*)?|\.\d+)", length_penalty):
-        fail(f"--length_penalty must be auto or a number from -10 to 10, got {length_penalty}")
+        value, choice = globals()[name], isinstance(allowed, list)
+        if not (value in allowed if choice else allowed[0] <= value <= allowed[1]):
+            expected = f"one of {', '.join(allowed)}" if choice else f"from {allowed[0]} to {allowed[1]:g}"
+            fail(f"--{name} must be {expected}, got {value!r}")
     if not max_steps and not epochs:
         fail("--max_steps and --epochs are both 0: nothing to do")
 
@@ -230,11 +229,6 @@ def read_pairs(src, tgt):
     if not n:
         raise ValueError(f"{src} and {tgt} are empty, expected one sentence a line")
 
-def be_a_worker():
-    """Ctrl-C is for the parent alone, and SIGTERM is the end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
 def on_all_cores(work, pairs, n=5000):
     """work(list of n pairs) for all pairs, in order, on every core. Reads two lists a core ahead at most."""
     parts = iter(lambda: list(itertools.islice(pairs, n)), [])
@@ -242,14 +236,10 @@ def on_all_cores(work, pairs, n=5000):
     if len(first) < 2 or not sys.platform.startswith("linux"):          # elsewhere a forked process is not safe
         yield from map(work, itertools.chain(first, parts))
         return
-    with multiprocessing.get_context("fork").Pool(initializer=be_a_worker) as pool:
-        results = deque()
-        for part in itertools.chain(first, parts):
-            results.append(pool.apply_async(work, (part,)))
-            if len(results) > 2 * os.cpu_count():
-                yield results.popleft().get()
-        while results:
-            yield results.popleft().get()
+    parts, quiet = itertools.chain(first, parts), (signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is for the parent alone
+    with multiprocessing.get_context("fork").Pool(None, signal.signal, quiet) as pool:
+        while batch := list(itertools.islice(parts, 2 * os.cpu_count())):
+            yield from pool.map(work, batch, chunksize=1)
 
 def count_words(pairs):
     """The work of one process on a list of pairs, first pass: how often each word occurs."""
@@ -528,13 +518,6 @@ def bleu(hypotheses, references, tokenize=tokenize_13a):
 
 # ---- The run. What several functions share is in one object, `run`, which they take as their argument ----
 
-def from_rank_0(value, run):
-    """What rank 0 has, on every rank."""
-    box = [value]
-    if run.world > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
 def gathered(value, run):
     """[what rank 0 has, what rank 1 has, ...], on every rank."""
     values = [value] * run.world
@@ -542,14 +525,14 @@ def gathered(value, run):
         dist.all_gather_object(values, value)
     return values
 
+signals = []
+
 def on_signal(number, frame):
     """The first SIGTERM or Ctrl-C is noted, for a run to end where nothing is lost; a second one ends it at once.
     Within a second it is the same one: torchrun passes on what the terminal has sent already."""
     signals.append((number, time.time()))
     if time.time() - signals[0][1] > 1:
         os._exit(128 + number)
-
-signals = []
 
 def leave_if_told(run):
     """Ends the run if one of its processes has heard a signal: they agree, and all end at the same place."""
@@ -571,32 +554,26 @@ def my_share(parts, run):
         leave_if_told(run)
         yield from parts[i + run.rank:i + run.rank + 1]
 
+@torch.no_grad()
 def validation_nll(run):
     """Mean negative log-likelihood of a target id of the validation set, computed by all ranks together."""
     total, n = 0.0, 0
-    with torch.no_grad(), run.autocast():
-        for rows, S, T in my_share(plan_epoch(run.val, 0, 0), run):
-            total += run.loss_fn(*(ids.to(run.device) for ids in run.val.batch(rows, S, T)))[1].item()
-            n += run.val.n_ids(rows)[1]
+    for rows, S, T in my_share(plan_epoch(run.val, 0, 0), run):
+        with run.autocast():
+            total += Loss(run.plain, 0.0)(*(ids.to(run.device) for ids in run.val.batch(rows, S, T)))[1].item()
+        n += run.val.n_ids(rows)[1]
     total, n = map(sum, zip(*gathered((total, n), run)))
     return total / n
 
-def translations(model, lines, run, **options):
+def translations(lines, run, **options):
     """Translations of the lines, by all ranks together, a hundred of like length at a time."""
-    order = sorted(range(len(lines)), key=lambda i: -len(lines[i]))
-    found = {}                                          # number of the line -> its translation
+    fast = for_inference(run.plain, run.amp if run.amp != "float16" else "float32")
+    order, found = sorted(range(len(lines)), key=lambda i: -len(lines[i])), {}          # number -> translation
     for part in my_share([order[i:i + 100] for i in range(0, len(order), 100)], run):
-        results = translate(model, run.tokenizer, [lines[i] for i in part], **options)
+        results = translate(fast, run.tokenizer, [lines[i] for i in part], **options)
         found |= {i: best[0][0] for i, best in zip(part, results)}
     found = {i: text for part in gathered(found, run) for i, text in part.items()}
     return [found[i] for i in range(len(lines))]
-
-def plain_copy(run):
-    """The model without what compile_parts made of it, ready to translate."""
-    with torch.device("meta"):
-        model = Transformer(run.model.config)
-    model.load_state_dict(run.model.state_dict(), assign=True)
-    return for_inference(model, run.amp if run.amp != "float16" else "float32")
 
 def record(run, **values):
     """One line of log.jsonl."""
@@ -605,15 +582,18 @@ def record(run, **values):
         run.log.write(json.dumps({"step": run.step, **values, "seconds": seconds}) + "\n")
         run.log.flush()
 
+def save_model(run, alpha=0.6):
+    """Writes model.pt: what the model is now, and the length penalty its translations are to have."""
+    if run.rank == 0:
+        save(run.model_path, run.plain, run.tokenizer, length_penalty if length_penalty >= 0 else alpha)
+
 def validate(run):
     """Scores the model, and writes model.pt if it is the best so far."""
-    run.model.eval(), run.loss_fn.eval()
-    torch.compiler.set_stance("force_eager")            # what runs once in a while is not worth compiling
     nll, samples = validation_nll(run), ""
     values = dict(val_nll=nll, val_perplexity=math.exp(min(nll, 50)))
     if run.val_text:                                    # greedy, and not all of a long file: to watch, not to report
         sources, truths = ([pair[side] for pair in run.val_text[:500]] for side in (0, 1))
-        out = translations(plain_copy(run), sources, run, beam_size=1)
+        out = translations(sources, run, beam_size=1)
         values["val_bleu"] = bleu(out, truths, run.words)
         samples = f"  (greedy, {len(out)} lines)"
         for i in {0, len(out) // 2}:
@@ -624,16 +604,14 @@ def validate(run):
     run.n_worse, run.validated = run.n_worse + 1, run.step
     if nll < run.best_nll:
         run.best_nll, run.n_worse = nll, 0
-        if run.rank == 0:
-            save(run.model_path, run.model, run.tokenizer)
-    torch.compiler.set_stance("default")
-    run.loss_fn.train()
+        save_model(run)
 
 PROGRESS = "step validated saved best_nll n_worse n_skipped recent compiled made_with".split()   # of a run, in last.pt
 
 def save_checkpoint(run):
     """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes."""
-    cuda_rng = torch.cuda.get_rng_state() if run.device.type == "cuda" else None
+    run.saved = run.step
+    cuda_rng = torch.cuda.get_rng_state() if run.cuda else None
     ranks = gathered((torch.get_rng_state(), cuda_rng, run.totals.cpu()), run)
     if run.rank == 0:
         write_atomically(run.last, {
@@ -644,12 +622,12 @@ def save_checkpoint(run):
 def start(run):
     """This process's place among the others, its device, and out_dir, which no two runs may share."""
     env = lambda name, other=0: int(os.environ.get(name, other))        # set by torchrun
-    run.world, run.rank, local_rank = env("WORLD_SIZE", 1), env("RANK"), env("LOCAL_RANK")
+    run.world, run.rank, run.restarts = env("WORLD_SIZE", 1), env("RANK"), env("TORCHELASTIC_RESTART_COUNT")
     run.say = print if run.rank == 0 else lambda *args, **options: None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))         # until there is something to save
     check_settings()
-    run.device = find_device(device, local_rank)
+    run.device = find_device(device, env("LOCAL_RANK"))
     run.cuda = run.device.type == "cuda"
     if run.cuda:
         torch.cuda.set_device(run.device)
@@ -670,11 +648,58 @@ def start(run):
         except BlockingIOError:
             fail(f"another run is writing to {out_dir}; give this one its own --out_dir")
 
+def read_data(run):
+    """The training pairs, the validation pairs, and what a resumed run has to find as it was."""
+    run.val, run.val_text, run.tokenizer, index = None, None, None, {}
+    if src:
+        run.say(f"preparing {src} and {tgt} ...", flush=True)
+        run.corpus, run.tokenizer, index = prepare(os.path.join(out_dir, "data"))
+        if val_src:
+            run.val_text = list(read_pairs(val_src, val_tgt))
+            run.val = Corpus.of([[run.tokenizer.encode(line)[:max_len - 1] for line in pair] for pair in run.val_text])
+    else:
+        pairs = copy_task(20_000, seed)
+        run.corpus, run.val = Corpus.of(pairs), Corpus.of(copy_task(1_000, seed + 1, without=pairs))
+    run.words = str.split if bleu_tokenize == "none" else tokenize_13a
+    run.left_out = ", ".join(f"{n} {reason}" for reason, n in index.get("left_out", {}).items()) or "none"
+    run.made_with = {"the digest of the text": index.get("digest"), "processes": run.world, "Muon": muon > 0,
+                     **{f"--{name}": globals()[name] for name in FIXED}}
+
+def join_the_others(run):
+    """The processes find each other in a store that torchrun keeps over restarts, with what the dead left in it."""
+    timeout = timedelta(seconds=group_timeout)
+    store, _, _ = next(dist.rendezvous("env://", run.rank, run.world, timeout=timeout))
+    dist.init_process_group("nccl" if run.cuda else "gloo", store=dist.PrefixStore(str(run.restarts), store),
+                            rank=run.rank, world_size=run.world, timeout=timeout)
+
+def build(run, config):
+    """The model, its optimizers, and in what numbers they compute."""
+    torch.manual_seed(seed)
+    run.model = Transformer(config).to(run.device)
+    torch.manual_seed(seed + run.rank)                  # the same weights on every rank, but other dropout
+    with torch.device("meta"):                          # the same weights in a model that stays as it is, not compiled
+        run.plain = Transformer(config).eval()
+    run.plain.load_state_dict(run.model.state_dict(), assign=True)
+    layers = nn.ModuleList((*run.model.encoder, *run.model.decoder))
+    matrices = [w for w in layers.parameters() if w.dim() == 2 and muon]
+    embedding = run.model.embedding.weight
+    others = [w for w in run.model.parameters() if not any(w is other for other in (*matrices, embedding))]
+    groups = [dict(params=[embedding], weight_decay=embedding_decay), dict(params=others, weight_decay=0.0)]
+    run.optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-9, fused=run.device.type in ("cpu", "cuda"))]
+    if muon:
+        run.optimizers.append(Muon(matrices))
+    # Narrow matrices don't win back the casts to bfloat16; a GPU without it has float16, which needs its loss scaled.
+    fast = has_bfloat16(run.device) and (run.cuda or d_model >= 128)
+    run.amp = dtype if dtype != "auto" else "bfloat16" if fast else "float16" if run.cuda else "float32"
+    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "float16")
+    run.autocast = partial(torch.autocast, run.device.type, getattr(torch, run.amp), enabled=run.amp != "float32")
+    # Loss, nll, target ids and bad gradients since the last progress line. To read them is to wait for the device.
+    run.totals = torch.zeros(4, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
+
 def resumed(run):
     """Puts the run where out_dir/last.pt left it, if it is to go on from there. -> what that file holds, or None"""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(run.last)  # --max-restarts
     state = None
-    if from_rank_0(resume or restarted, run):
+    if gathered(resume or run.restarts > 0 and os.path.exists(run.last), run)[0]:       # the latter: --max-restarts
         state = read_checkpoint(run.last)
         if not isinstance(state, dict) or "ranks" not in state:
             fail(f"{run.last} is a checkpoint, but not one that train.py resumes from")
@@ -699,52 +724,58 @@ def resumed(run):
             run.log.truncate(sum(map(len, itertools.takewhile(known, f))))
     return state
 
+def compile_if_worth_it(run, state):
+    """The loss, compiled if asked for, or if the run is long enough; a resumed run does as it did before."""
+    run.loss_fn = Loss(run.model, label_smoothing)
+    compiled = compile == "True" or compile == "auto" and (run.compiled if state else run.estimate > 120)
+    if compiled and not run.cuda and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
+        run.say("no C++ compiler found: running without torch.compile")
+        compiled = False
+    run.compiled = gathered(compiled, run)[0]
+    if run.compiled:
+        run.loss_fn.compile_parts()
+
 def banner(run):
     """Says what is about to run, and how long it will take."""
-    real = run.corpus.n_ids(np.arange(len(run.corpus)))
     changed = " ".join(f"{name}={value}" for name, value in now().items() if value != settings[name])
     where = torch.cuda.get_device_name(run.device) if run.cuda else f"{run.device}, {torch.get_num_threads()} threads"
-    padding = 1 - sum(real) / sum(len(rows) * (S + T) for rows, S, T in run.plan)
     run.say(f"settings  {changed or 'the defaults: learning to copy'}")
     if src:
         mine = " ".join(name for name in recipe()[1] if name not in given)
         run.say(f"recipe    for {recipe()[0]:.1f} MB of text, from its size: {mine or 'nothing, all is given'}")
-    how = f"{run.amp}, {'' if run.compiled else 'not '}compiled"
-    run.say(f"machine   {run.world} x {where}, torch {torch.__version__}, {how}, "
-            f"{run.peak / 1e12:.3g} TFLOP/s in matrix products")
-    run.say(f"model     {sum(p.numel() for p in run.model.parameters()):,} parameters")
-    run.say(f"data      {len(run.corpus):,} pairs, {real[0]:,} + {real[1]:,} ids, {padding:.1%} padding; left out: "
-            + (", ".join(f"{n} {reason}" for reason, n in run.left_out.items()) or "none"))
-    run.say(f"run       {max_steps:,} steps of about {sum(real) / run.steps_per_epoch:,.0f} ids, "
+    run.say(f"machine   {run.world} x {where}, torch {torch.__version__}, {run.amp}, "
+            f"{'' if run.compiled else 'not '}compiled, {run.peak / 1e12:.3g} TFLOP/s in matrix products\n"
+            f"model     {sum(p.numel() for p in run.model.parameters()):,} parameters\n"
+            f"data      {len(run.corpus):,} pairs, {run.real[0]:,} + {run.real[1]:,} ids, {run.padding:.1%} padding; "
+            f"left out: {run.left_out}\n"
+            f"run       {max_steps:,} steps of about {sum(run.real) / run.steps_per_epoch:,.0f} ids, "
             f"{run.steps_per_epoch:.1f} steps an epoch, {run.flops:.2g} FLOPs, {clock(run.estimate)}"
-            f"{' and compilation' * run.compiled}", flush=True)
-    if run.step:
-        run.say(f"resumed   from {run.last}, after step {run.step:,}")
+            f"{' and compilation' * run.compiled}"
+            + f"\nresumed   from {run.last}, after step {run.step:,}" * (run.step > 0), flush=True)
 
 def finish(run):
     """Chooses what model.pt is to be, and shows what it can do."""
-    torch.compiler.set_stance("force_eager")
-    run.model.eval(), run.loss_fn.eval()
-    if from_rank_0(len(run.recent), run) > 1:           # §6.1
-        recent = from_rank_0(run.recent, run)
-        run.model.load_state_dict({name: torch.stack([w[name] for w in recent]).mean(0) for name in recent[0]})
+    if average_last > 1:                                # §6.1
+        for name, weight in run.plain.state_dict().items():
+            if run.rank == 0:
+                weight.copy_(torch.stack([weights[name] for weights in run.recent]).mean(0))
+            if run.world > 1:
+                dist.broadcast(weight, 0)
     nll = validation_nll(run) if run.val else -math.inf
     if average_last > 1 and run.val:
         run.say(f"mean of the last {average_last} checkpoints: validation nll {nll:.4f}, best {run.best_nll:.4f}")
-    if nll <= run.best_nll and run.rank == 0:
-        save(run.model_path, run.model, run.tokenizer)
-    from_rank_0(None, run)                              # model.pt is there now
-    best, _ = load(run.model_path, run.device)
+    if nll <= run.best_nll:
+        save_model(run)
+    gathered(None, run)                                 # model.pt is there now
+    run.plain, _ = load(run.model_path, run.device)
     if run.val_text:
-        fast = for_inference(best, run.amp if run.amp != "float16" else "float32")
         sources, truths = zip(*run.val_text)
         scores = {}
-        for alpha in (0.6, 1.0, 1.4) if length_penalty == "auto" else [float(length_penalty)]:
-            out = translations(fast, sources, run, beam_size=beam_size, length_penalty=alpha)
+        for alpha in (0.6, 1.0, 1.4) if length_penalty < 0 else [length_penalty]:
+            out = translations(sources, run, beam_size=beam_size, length_penalty=alpha)
             scores[alpha] = bleu(out, truths, run.words)
         alpha = max(scores, key=scores.get)
-        if run.rank == 0:
-            save(run.model_path, best, run.tokenizer, alpha)            # its translations have this penalty from now on
+        save_model(run, alpha)                          # its translations have this penalty from now on
         run.say(f"validation BLEU {scores[alpha]:.2f}, all {len(out):,} lines (tokenizer {bleu_tokenize}, "
                 f"beam {beam_size}, length penalty {alpha})")
         record(run, bleu=scores[alpha])
@@ -752,7 +783,7 @@ def finish(run):
         pairs, words = [], lambda row: row[:row.index(EOS)]
         for rows, S, T in my_share(plan_epoch(run.val, 0, 0), run):
             x, y = (ids.to(run.device) for ids in run.val.batch(rows, S, T))
-            out, _ = beam_search(best, x, beam_size=1, max_len=T + 5)
+            out, _ = beam_search(run.plain, x, beam_size=1, max_len=T + 5)
             pairs += [(words(a), words(b)) for a, b in zip(y[:, 1:].tolist(), out.tolist())]
         pairs = sum(gathered(pairs, run), [])
         accuracy = sum(a == b for a, b in pairs) / len(pairs)
@@ -765,81 +796,36 @@ def finish(run):
 def main():
     run = SimpleNamespace(start_time=time.time(), step=0, validated=0, saved=0, best_nll=math.inf, n_worse=0,
                           n_skipped=0, recent=[], training=True)
-
     start(run)
-
-    # ---- data -------------------------------------------------------------------
-    run.val, run.val_text, run.tokenizer, index = None, None, None, {}
-    if src:
-        run.say(f"preparing {src} and {tgt} ...", flush=True)
-        run.corpus, run.tokenizer, index = prepare(os.path.join(out_dir, "data"))
-        if val_src:
-            run.val_text = list(read_pairs(val_src, val_tgt))
-            run.val = Corpus.of([[run.tokenizer.encode(line)[:max_len - 1] for line in pair] for pair in run.val_text])
-    else:
-        pairs = copy_task(20_000, seed)
-        run.corpus, run.val = Corpus.of(pairs), Corpus.of(copy_task(1_000, seed + 1, without=pairs))
-    run.words = str.split if bleu_tokenize == "none" else tokenize_13a
-    run.left_out = index.get("left_out", {})
-    run.made_with = {"the digest of the text": index.get("digest"), "processes": run.world, "Muon": muon > 0,
-                     **{f"--{name}": globals()[name] for name in FIXED}}
-    run.plan = plan_epoch(run.corpus, 0, seed)
-    run.steps_per_epoch = len(run.plan) / (run.world * accumulate)
+    read_data(run)
+    plan = plan_epoch(run.corpus, 0, seed)
+    run.steps_per_epoch = len(plan) / (run.world * accumulate)
     globals()["max_steps"] = max_steps or max(1, round(epochs * run.steps_per_epoch))
-    # The processes find each other in a store that torchrun keeps over restarts, with what the dead have left in it.
     if run.world > 1:
-        timeout = timedelta(seconds=group_timeout)
-        store, _, _ = next(dist.rendezvous("env://", run.rank, run.world, timeout=timeout))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if run.cuda else "gloo", store=store, rank=run.rank, world_size=run.world,
-                                timeout=timeout)
-
-    # ---- model and optimizers -----------------------------------------------------
-    torch.manual_seed(seed)
+        join_the_others(run)
     config = Config(len(run.tokenizer) if src else vocab_size, d_model, n_heads, d_ff, n_encoder_layers,
                     n_decoder_layers, dropout, norm_first)
-    run.model = Transformer(config).to(run.device)
-    torch.manual_seed(seed + run.rank)                  # the same weights on every rank, but other dropout
-    layers = nn.ModuleList((*run.model.encoder, *run.model.decoder))
-    matrices = [w for w in layers.parameters() if w.dim() == 2 and muon]
-    others = [w for w in run.model.parameters() if not any(w is matrix for matrix in matrices)]
-    run.optimizers = [torch.optim.Adam(others, betas=(0.9, 0.98), eps=1e-9, fused=run.device.type in ("cpu", "cuda"))]
-    if muon:
-        run.optimizers.append(Muon(matrices))
-    # Narrow matrices don't win back the casts to bfloat16; a GPU without it has float16, which needs its loss scaled.
-    fast = has_bfloat16(run.device) and (run.cuda or d_model >= 128)
-    run.amp = dtype if dtype != "auto" else "bfloat16" if fast else "float16" if run.cuda else "float32"
-    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "float16")
-    run.autocast = partial(torch.autocast, run.device.type, getattr(torch, run.amp), enabled=run.amp != "float32")
-    # Loss, nll, target ids and bad gradients since the last progress line. To read them is to wait for the device.
-    run.totals = torch.zeros(4, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
-
+    build(run, config)
     state = resumed(run)
 
-    # ---- what it will cost, and so whether to compile -----------------------------
-    real = run.corpus.n_ids(np.arange(len(run.corpus)))
-    run.id_flops = flops(config, *real, real[0] / len(run.corpus), real[1] / len(run.corpus)) / sum(real)
-    run.flops = run.id_flops * sum(real) / run.steps_per_epoch * max_steps
+    # ---- what it will cost, and so whether to compile ------------------------------
+    run.real = run.corpus.n_ids(np.arange(len(run.corpus)))
+    run.padding = 1 - sum(run.real) / sum(len(rows) * (S + T) for rows, S, T in plan)
+    id_flops = flops(config, *run.real, *(n / len(run.corpus) for n in run.real)) / sum(run.real)
+    run.flops = id_flops * sum(run.real) / run.steps_per_epoch * max_steps
     run.peak = matmul_rate(run.device, getattr(torch, run.amp)) * run.world
     run.estimate = run.flops / (0.35 * run.peak)
-    run.compiled = compile == "True" or compile == "auto" and (run.compiled if state else run.estimate > 120)
-    if run.compiled and not run.cuda and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
-        run.say("no C++ compiler found: running without torch.compile")
-        run.compiled = False
-    run.compiled = from_rank_0(run.compiled, run)
-    step_fn = run.loss_fn = Loss(run.model, label_smoothing)
-    if run.compiled:
-        run.loss_fn.compile_parts()
+    compile_if_worth_it(run, state)
+    step_fn = run.loss_fn
     if run.world > 1:
         step_fn = nn.parallel.DistributedDataParallel(run.loss_fn, device_ids=[run.device.index] if run.cuda else None)
     everyone = gathered([now(), run.made_with, run.step, torch.__version__], run)
     for r in range(run.world):
         if everyone[r] != everyone[0]:
             fail(f"rank {r} has other settings, text or torch than rank 0: {everyone[r]} there, {everyone[0]} here")
-
     banner(run)
 
-    # ---- training -----------------------------------------------------------------
+    # ---- training ------------------------------------------------------------------
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     run.loss_fn.train()
@@ -856,9 +842,8 @@ def main():
             validate(run)
         if due(checkpoint_interval) and run.saved < run.step:
             if average_last > 1 and run.rank == 0:
-                weights = {name: w.detach().cpu().clone() for name, w in run.model.state_dict().items()}
+                weights = {name: w.detach().cpu().clone() for name, w in run.plain.state_dict().items()}
                 run.recent = (run.recent + [weights])[-average_last:]
-            run.saved = run.step
             save_checkpoint(run)
         if run.world == 1 or not run.cuda or due(log_interval):
             leave_if_told(run)
@@ -897,9 +882,8 @@ def main():
             sentences = sorted(int(r) for rows, _, _ in micro for r in rows)[:20]
             fail(f"the gradient is {norm.item()} at step {run.step:,}{' or shortly before' * run.cuda}, in sentences "
                  f"{sentences}...; {run.last} is from before; lower --learning_rate?")
-        if not look:
-            for w in run.model.parameters():
-                w.grad = torch.where(bad, 0.0, w.grad)
+        for w in run.model.parameters() if not look else []:
+            w.grad = torch.where(bad, 0.0, w.grad)
         for optimizer in run.optimizers if not skip else []:
             run.scaler.step(optimizer)
         run.scaler.update()                                                         # after a skipped step, scale less
@@ -918,7 +902,7 @@ def main():
             values = dict(loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)),
                           learning_rate=learning_rate_at(run.step),
                           grad_norm=norm.item(), skipped=run.n_skipped, tokens_per_second=n_ids / seconds,
-                          mfu=n_ids / seconds * run.id_flops / run.peak)
+                          mfu=n_ids / seconds * id_flops / run.peak)
             record(run, **values)
             left = clock((max_steps - run.step) * seconds / log_interval)
             line = ("step {:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {perplexity:8.2f}  lr {learning_rate:.2e}  "
@@ -927,7 +911,7 @@ def main():
             run.totals.zero_()
             tick, n_ids = time.time(), 0
 
-    # ---- the end ------------------------------------------------------------------
+    # ---- the end -------------------------------------------------------------------
     if patience and run.n_worse >= patience:
         run.say(f"step {run.step:6d}  {patience} validations without a better one: enough")
     if run.saved < run.step:

@@ -4,8 +4,7 @@ The Transformer of "Attention Is All You Need" (Vaswani et al., 2017, https://ar
     python transformer.py                                               # a guided tour that checks itself, in seconds
     python transformer.py --checkpoint=out/model.pt < in.txt > out.txt  # translate: one line in, one line out
 
-Read it from top to bottom, in the order of the paper: whatever a line uses is defined above it. This is Figure 1, with
-the names of this file:
+Read it from top to bottom: whatever a line uses is defined above it. This is Figure 1, with the names of this file:
 
                                                    logits (B, T, V)
                                                       ↑  output: the embedding matrix, transposed
@@ -17,8 +16,7 @@ the names of this file:
          ↑  embed: embedding · √D + sinusoids         ↑  embed: the same
       src (B, S)                                   tgt_in (B, T)
 
-Below the line "THE MODEL ENDS HERE" stand the tokenizer, the checkpoint and the command line. Delete from there on,
-and what is left is the model, complete.
+Delete all that follows the line "THE MODEL ENDS HERE", text and files, and what is left is the model, complete.
 
 One letter for each axis, in every comment:
     B batch, S source length, T target length, D d_model, H heads, K d_head = D/H, V vocabulary;
@@ -73,8 +71,7 @@ class Config:
             value = float(value) if kind is float and type(value) is int else value
             least = EOS + 1 if "vocab" in name else 0 if kind is float else 1   # a default of 0, none, may stay
             most = 1 if kind is float else math.inf
-            fits = type(value) is kind and (kind is bool or least <= value < most or value == field.default == 0)
-            if not fits:
+            if type(value) is not kind or not (kind is bool or least <= value < most or value == field.default == 0):
                 raise ValueError(f"{name} must be {kind.__name__} from {least} to below {most}, got {value!r}")
             object.__setattr__(self, name, value)                               # the way into a frozen dataclass
         if self.d_model % self.n_heads or self.d_model % 2:                     # a sine and a cosine for each frequency
@@ -561,8 +558,7 @@ def to_torch(model):
         theirs.copy_(ours)                                              # biases that are missing here start as zeros
     return module.train(model.training)
 
-# Both are also methods: Transformer.from_torch(module, config) and model.to_torch().
-Transformer.from_torch, Transformer.to_torch = staticmethod(from_torch), to_torch
+Transformer.from_torch, Transformer.to_torch = staticmethod(from_torch), to_torch       # they are methods as well
 
 # =============================================================================
 # THE MODEL ENDS HERE. What follows is text, files and the command line.
@@ -575,6 +571,7 @@ import io
 import os
 import re
 import sys
+import warnings
 import zipfile
 from collections import Counter, defaultdict
 from contextlib import ExitStack
@@ -614,11 +611,9 @@ class Tokenizer:
         self.merges = [(int(a), int(b)) for a, b in merges]
         self.bytes = [b""] * 3 + [bytes([i]) for i in range(256)]      # id -> the bytes it stands for
         for i, (a, b) in enumerate(self.merges):
-            if not (3 <= a < len(self.bytes) and 3 <= b < len(self.bytes)):
-                raise ValueError(f"merge {i} joins ids {a} and {b}, expected ids from 3 to {len(self.bytes) - 1}")
-            self.bytes.append(self.bytes[a] + self.bytes[b])
-            if len(self.bytes[-1]) > 33 * 4:                            # else 60 merges in a bad file fill any memory
-                raise ValueError(f"merge {i} makes {len(self.bytes[-1])} bytes, more than any word has")
+            if not (3 <= a < 259 + i and 3 <= b < 259 + i) or len(self.bytes[a] + self.bytes[b]) > 33 * 4:
+                raise ValueError(f"merge {i} joins ids {a} and {b}, expected earlier ones, of few bytes")
+            self.bytes.append(self.bytes[a] + self.bytes[b])            # of any number, 60 merges would fill all memory
         self.joined = {pair: 259 + i for i, pair in enumerate(self.merges)}
         self.cache = {}                                                 # word -> its ids: text repeats its words
 
@@ -718,8 +713,8 @@ def write_atomically(path, content):
 def save(path, model, tokenizer=None, length_penalty=0.6):
     """Writes the model with all it takes to translate to one file, atomically. Raises OSError if it can't."""
     merges = None if tokenizer is None else torch.tensor(tokenizer.merges, dtype=torch.int32).view(-1, 2)
-    weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
-    write_atomically(path, {"format": FORMAT, "config": vars(model.config), "model": weights, "merges": merges,
+    write_atomically(path, {"format": FORMAT, "config": vars(model.config), "merges": merges,
+                            "model": {name: w.detach().cpu() for name, w in model.state_dict().items()},
                             "length_penalty": length_penalty})
 
 def read_checkpoint(path):
@@ -751,49 +746,57 @@ def load(path, device="cpu"):
         tokenizer = None if checkpoint["merges"] is None else Tokenizer(checkpoint["merges"].tolist())
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit this transformer.py: {str(error).splitlines()[0]}") from None
+    model.length_penalty = checkpoint.get("length_penalty", 0.6)
     return model.to(device).eval(), tokenizer
 
 # ---- A loaded model, made fast on this machine ------------------------------
 
 def has_bfloat16(device):
     """Does this device multiply bfloat16 in hardware? Where it only imitates that, float32 is faster."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
-class PackedLinear(nn.Module):
-    """A Linear layer with its weights in the order in which a CPU's matrix kernels read them. A step of decoding
-    multiplies few rows with many weights: to sort the weights takes longer than the product."""
+def has_int8(device):
+    """Has this build of torch matrix products in 8-bit integers for this device?"""
+    return device.type == "cpu" and torch.backends.quantized.engine != "none"
 
-    def __init__(self, linear, out_dtype):
-        super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 32), linear.bias
-        self.out_dtype = out_dtype
-
-    def forward(self, x):
-        x = x.to(self.weight.dtype)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "").to(self.out_dtype)
+def packed(linear, dtype, out_dtype):
+    """A Linear layer as a function whose weights lie as a CPU's kernels read them: to sort them anew takes longer than
+    the product of a few rows. In int8 every row of the weights is rounded to a scale of its own, and all inputs of a
+    call to one: so what shares a batch with a sentence can move its numbers, by a rounding."""
+    weight, bias = linear.weight, linear.bias
+    if dtype != "int8":
+        ready, product = torch.ops.mkldnn._reorder_linear_weight(weight, 32), torch.ops.mkldnn._linear_pointwise
+        return lambda x: product(x.to(weight.dtype), ready, bias, "none", [], "").to(out_dtype)
+    scale = weight.abs().amax(1).clamp(min=1e-8).double() / 127
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # torch plans to drop this kind of tensor, but has no other yet
+        weight = torch.quantize_per_channel(weight, scale, torch.zeros_like(scale).long(), 0, torch.qint8)
+    ready, narrow = torch.ops.quantized.linear_prepack(weight, bias), not torch.cpu._is_vnni_supported()
+    return lambda x: torch.ops.quantized.linear_dynamic(x, ready, narrow)       # narrow: sums of products in 16 bits
 
 def for_inference(model, dtype="auto"):
     """A copy of the model to translate with, in eval mode and on the same device; the model itself stays as it is.
-
-    dtype: "float32", "bfloat16", or "auto", which is bfloat16 where the hardware has it; else ValueError. On a CPU that
-    allows it the weights are packed, so the copy can't be trained or saved.
-    """
+    dtype: "float32", "bfloat16", "int8" or "auto", else ValueError. "auto" is bfloat16 where the hardware has it, else
+    float32, and so is int8 where has_int8 says no. A copy whose weights are packed can't be trained or saved."""
     device = model.embedding.weight.device
-    dtype = dtype if dtype != "auto" else "bfloat16" if has_bfloat16(device) else "float32"
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or auto, got {dtype!r}")
-    fast = copy.deepcopy(model).to(getattr(torch, dtype)).eval().requires_grad_(False)
+    if dtype == "auto" or dtype == "int8" and not has_int8(device):
+        dtype = "bfloat16" if has_bfloat16(device) else "float32"
+    if dtype not in ("float32", "bfloat16", "int8"):
+        raise ValueError(f"dtype must be float32, bfloat16, int8 or auto, got {dtype!r}")
+    between = torch.bfloat16 if dtype == "bfloat16" else torch.float32          # what flows from product to product
+    fast = copy.deepcopy(model).to(between).eval().requires_grad_(False)
     on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
     packs = on_cpu and "AVX" in torch.backends.cpu.get_cpu_capability() and (dtype == "float32" or has_bfloat16(device))
-    for parent in list(fast.modules()) if packs else []:
+    for parent in list(fast.modules()) if packs or dtype == "int8" else []:
         # A subclass of Linear may compute something else, so it stays as it is.
         linears = {name: part for name, part in parent.named_children() if type(part) is nn.Linear}
         for name, linear in linears.items():
             # A CPU is slow with many small products in bfloat16, so queries, keys and values are float32.
             wide = name != "out" and linears.keys() == {"q", "kv", "out"}
-            setattr(parent, name, PackedLinear(linear, torch.float32 if wide else linear.weight.dtype))
+            delattr(parent, name)                       # a module gives way to a function
+            setattr(parent, name, packed(linear, dtype, torch.float32 if wide else between))
     return fast
 
 # ---- Translation: text in, text out -----------------------------------------
@@ -804,10 +807,8 @@ def pad_rows(rows, device="cpu"):
 
 def translate(model, tokenizer, lines, beam_size=4, length_penalty=0.6, batch_tokens=4096, n_best=1, max_src=1024):
     """Translations of a list of strings, in order: [[(text, score), ...n_best], ...]. An empty line stays empty.
-
     Sentences of like length go through together, as many as make batch_tokens source ids with padding. Sources are cut
-    after max_src ids: memory grows with the square of the length. Line breaks in a translation become spaces.
-    """
+    after max_src ids: memory grows with the square of the length. Line breaks in a translation become spaces."""
     max_src = min(max_src, (model.config.learned_positions or math.inf) - 1)            # one is for EOS
     sources = {i: tokenizer.encode(line)[:max_src] + [EOS] for i, line in enumerate(lines) if line.strip()}
     results = [[("", 0.0)] * n_best for _ in lines]
@@ -889,8 +890,8 @@ def tour():
         assert torch.allclose(model(src[1:, :3], tgt_in[1:, :4]), logits[1:, :4], atol=1e-5)
         assert torch.equal(greedy(model, src), beam_search(model, src, beam_size=1)[0])
     print("\nChecked: weights sum to 1, and padding gets none; no prediction depends on a later target word;\n"
-          "a sentence gets the same logits alone and in a batch; the cache changes nothing but the time")
-    print("\nLearning this batch by heart: every target is its source in reverse")
+          "a sentence gets the same logits alone and in a batch; the cache changes nothing but the time\n"
+          "\nLearning this batch by heart: every target is its source in reverse")
     optimizer = torch.optim.Adam(model.train().parameters(), lr=3e-3, betas=(0.9, 0.98), eps=1e-9)
     for step in range(1, 101):
         logits = model(src, tgt_in)                                             # (B, T, V)
@@ -937,35 +938,34 @@ def main(*,
     # ---- settings ---------------------------------------------------------------
     checkpoint="",          # a file that train.py wrote; "": the tour
     beam_size=4,            # hypotheses kept for each sentence; 1 is greedy
-    length_penalty="auto",  # its alpha, larger for longer translations; auto: what train.py found best in validation
+    length_penalty=-1.0,    # its alpha, larger for longer translations; -1: what train.py found best in validation
     n_best=1,               # translations for each line; above 1 each is printed as line number, score, text, with tabs
     batch_tokens=4096,      # source ids translated together, padding included
     max_src=1024,           # source ids after which a line is cut
     attention=False,        # True draws each translation's attention map under it
     device="auto",          # cpu, cuda, cuda:1, mps; auto: cuda where there is one
-    dtype="auto",           # float32, bfloat16; auto: bfloat16 where the hardware has it
+    dtype="auto",           # float32, bfloat16, int8 (the fastest on a CPU); auto: bfloat16 where the hardware has it
     # ---- end of settings --------------------------------------------------------
 ):
     if not checkpoint:
         return tour()
-    if batch_tokens < 1 or max_src < 1 or not 1 <= n_best <= beam_size:
-        fail("expected batch_tokens and max_src of at least 1, and 1 <= n_best <= beam_size")
-    if not re.fullmatch(r"auto|-?(10(\.0*)?|\d(\.\d*)?|\.\d+)", str(length_penalty)):
-        fail(f"--length_penalty must be auto or a number from -10 to 10, got {length_penalty}")
+    if batch_tokens < 1 or max_src < 1 or not 1 <= n_best <= beam_size or not -1 <= length_penalty <= 10:
+        fail("expected batch_tokens, max_src >= 1; 1 <= n_best <= beam_size; and -1 <= length_penalty <= 10")
     try:
         model, tokenizer = load(checkpoint, device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         model = for_inference(model, dtype)
-        alpha = length_penalty if length_penalty != "auto" else read_checkpoint(checkpoint).get("length_penalty", 0.6)
     except (ValueError, RuntimeError, AssertionError) as error:         # the latter two for a device that isn't there
         fail(f"--device={device} can't be used: " * (not isinstance(error, ValueError)) + str(error).splitlines()[0])
+    if dtype == "int8" and not has_int8(model.embedding.weight.device):
+        print("this device has no products in int8: translating as with --dtype=auto", file=sys.stderr)
     if tokenizer is None:
         fail(f"{checkpoint} holds no tokenizer: its model was trained on ids, not on text")
     # Line by line, so that whoever kills this finds whole lines. "?" is what can't be written in UTF-8.
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
-    n = 0
+    n, alpha = 0, length_penalty if length_penalty >= 0 else model.length_penalty
     try:
         for lines in read_windows(sys.stdin.buffer):
-            results = translate(model, tokenizer, lines, beam_size, float(alpha), batch_tokens, n_best, max_src)
+            results = translate(model, tokenizer, lines, beam_size, alpha, batch_tokens, n_best, max_src)
             for line, best in zip(lines, results):
                 print(*(f"{n}\t{score:.4f}\t{text}" if n_best > 1 else text for text, score in best), sep="\n")
                 if attention and line.strip():
