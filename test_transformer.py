@@ -26,6 +26,7 @@ import time
 import tokenize
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -303,16 +304,19 @@ def slow_greedy(model, src, limit):
         ids.append(EOS if len(ids) + 1 == limit else int(scores[EOS:].argmax()) + EOS)
     return ids
 
-@pytest.mark.parametrize("norm_first", [False, True])
 @torch.no_grad()
-def test_greedy_is_the_slow_greedy(norm_first):
-    model, src = small(norm_first=norm_first), random_batch()
-    ids, scores = beam_search(model, src, beam_size=1)
-    for row, score, s in zip(ids.tolist(), scores.tolist(), src):
-        s = s[s != PAD]
-        want = slow_greedy(model, s, len(s) + 50)                       # the limit is the sentence's own: S + 50
-        assert row == want + [PAD] * (len(row) - len(want))
-        assert score == pytest.approx(slow_score(model, s, want, 0.6), abs=1e-3)
+def test_greedy_and_a_beam_of_one_are_the_slow_greedy():
+    for changes in (dict(), dict(norm_first=True), dict(tied_output=False), dict(learned_positions=12)):
+        model, src = small(**changes), random_batch()
+        for max_len in (None, 3):
+            ids, scores = beam_search(model, src, 1, max_len=max_len)
+            assert torch.equal(ids, M.greedy(model, src, max_len))
+            for row, score, s in zip(ids.tolist(), scores.tolist(), src):
+                s = s[s != PAD]                                         # the limit is the sentence's own: S + 50
+                want = slow_greedy(model, s, min(max_len or len(s) + 50, changes.get("learned_positions", 99)))
+                assert row == want + [PAD] * (len(row) - len(want))
+                assert score == pytest.approx(slow_score(model, s, want, 0.6), abs=1e-3)
+    assert (beam_search(small(learned_positions=9), random_batch(), 3, min_len=30)[0] != PAD).sum(1).max() <= 9
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0, -0.5])
 @torch.no_grad()
@@ -394,20 +398,6 @@ def test_the_picture_of_two_beams_is_what_the_cache_does():
     cache.reorder(torch.tensor([[1, 1]]))
     cache.open_position()
     assert cache.visible[0].int().tolist() == after
-
-@torch.no_grad()
-def test_greedy_is_the_definition_and_beam_search_gives_the_same():
-    for changes in (dict(), dict(learned_positions=12), dict(norm_first=True, tied_output=False)):
-        model, src = small(**changes), random_batch()
-        for max_len in (None, 3):
-            ids = M.greedy(model, src, max_len)
-            assert torch.equal(ids, beam_search(model, src, 1, max_len=max_len)[0])
-            for row, s in zip(ids.tolist(), src):
-                s = s[s != PAD]
-                limit = min(max_len or len(s) + 50, changes.get("learned_positions", 99))
-                want = slow_greedy(model, s, limit)
-                assert row == want + [PAD] * (len(row) - len(want))
-    assert (beam_search(small(learned_positions=9), random_batch(), 3, min_len=30)[0] != PAD).sum(1).max() <= 9
 
 def test_decoding_leaves_the_callers_things_alone():
     model, src = small(dropout=0.5).train(), random_batch()
@@ -567,10 +557,8 @@ def test_checkpoints(tmp_path, monkeypatch):
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = str(tmp_path / "f")
     M.write_atomically(path, "old")
+    fails = Mock(side_effect=OSError(28, "No space left on device"))
     for step in ("fsync", "replace"):                                   # a full disk, a folder that went away
-
-        def fails(*args):
-            raise OSError(28, "No space left on device")
         with monkeypatch.context() as patch:
             patch.setattr(os, step, fails)
             with pytest.raises(OSError):
@@ -585,27 +573,20 @@ def test_the_tour_holds():
 
 def test_the_model_stands_alone_above_the_line(tmp_path):
     text = open(os.path.join(HERE, "transformer.py"), encoding="utf-8").read()
-    head, tail = re.split(r"# =+\n# THE MODEL ENDS HERE", text)
-    (tmp_path / "mine.py").write_text(head)
-    code = """if 1:
-        import torch, mine
-        model = mine.Transformer(mine.Config(vocab_size=12, d_model=16, n_heads=2, d_ff=16))
-        src = torch.randint(3, 12, (4, 5)); tgt = torch.randint(3, 12, (4, 6))
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-        before = None
-        for _ in range(5):
-            loss = torch.nn.functional.cross_entropy(model(src, tgt[:, :-1]).flatten(0, 1), tgt[:, 1:].flatten())
-            before = before or loss.item()
-            optimizer.zero_grad(); loss.backward(); optimizer.step()
-        assert loss.item() < before
-        print(mine.beam_search(model, src, max_len=7)[0].shape)
-    """
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.startswith("torch.Size([4,"), result.stderr
+    (tmp_path / "mine.py").write_text(re.split(r"# =+\n# THE MODEL ENDS HERE", text)[0], encoding="utf-8")
+    mine = runpy.run_path(str(tmp_path / "mine.py"))
+    model = mine["Transformer"](mine["Config"](vocab_size=12, d_model=16, n_heads=2, d_ff=16))
+    src, tgt = torch.randint(3, 12, (4, 5)), torch.randint(3, 12, (4, 6))
+    optimizer, values = torch.optim.Adam(model.parameters(), 1e-3), []
+    for _ in range(5):
+        loss = F.cross_entropy(model(src, tgt[:, :-1]).flatten(0, 1), tgt[:, 1:].flatten())
+        values.append(loss.item())
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert values[-1] < values[0] and mine["beam_search"](model, src, max_len=7)[0].shape[0] == 4
 
 def test_the_shape_of_the_house():
     """What a reader's patience allows, arrows that point down only, and no function hidden inside another."""
-    limits = {"transformer.py": 980, "train.py": 942, "bench.py": 240, "README.md": 170}
+    limits = {"transformer.py": 980, "train.py": 945, "bench.py": 240, "README.md": 170}
     lines = {name: open(os.path.join(HERE, name), encoding="utf-8").read().splitlines() for name in limits}
     assert {name: len(text) <= limits[name] for name, text in lines.items()} == dict.fromkeys(limits, True)
     lines["test_transformer.py"] = open(__file__, encoding="utf-8").read().splitlines()
@@ -712,12 +693,11 @@ def test_training_mistakes_cost_one_line(tmp_path, mistake):
     files = lambda a, b: [f"--src={tmp_path}/{a}", f"--tgt={tmp_path}/{b}", "--vocab_size=300",
                           f"--out_dir={tmp_path}/out"]
     for args, word in ((files("a", "b"), "ends after 1"), (files("a", "none"), "nothing there"),
-                       (files("empty", "empty"), "are empty"),
-                       (files("a", ""), "another thing"), (["--src=x"], "belong together"),
-                       (["--n_heads=3"], "divisible"), (["--decay=cosine"], "decay"),
-                       (["--batch_tokens=0"], "batch_tokens"), (["--resume=True", f"--out_dir={tmp_path}/new"],
-                                                                "there is no"), (["--device=warp"], "device"),
-                       (["--dropout=2"], "dropout"), (["--label_smoothing=1"], "label_smoothing"),
+                       (files("empty", "empty"), "are empty"), (files("a", ""), "another thing"),
+                       (["--src=x"], "belong together"), (["--n_heads=3"], "divisible"), (["--decay=cosine"], "decay"),
+                       (["--batch_tokens=0"], "batch_tokens"), (["--dropout=2"], "dropout"),
+                       (["--resume=True", f"--out_dir={tmp_path}/new"], "there is no"), (["--device=warp"], "device"),
+                       (["--label_smoothing=1"], "label_smoothing"), (["--length_penalty=11"], "length_penalty"),
                        (files("a", "a")[:-2] + ["--vocab_size=9"], "259")):
         if not any(a.startswith("--out_dir") for a in args):
             args = args + [f"--out_dir={tmp_path}/o"]
@@ -787,20 +767,21 @@ def test_prepared_text(tmp_path, settings, capsys):
     with pytest.raises(ValueError, match="cannot read"):
         list(T.read_pairs(src + ".gz", tgt + ".gz"))
 
-def random_corpus(n=3000):
-    rng = np.random.default_rng(SEED)
-    lengths = np.clip(rng.gamma(6, 2, n).astype(int), 1, 60)
-    return T.Corpus.of([([3] * k, [4] * max(1, int(k * f))) for k, f in zip(lengths, rng.uniform(0.7, 1.4, n))])
+def random_corpus(lengths, ratios):
+    return T.Corpus.of([([3] * k, [4] * math.ceil(k * ratio)) for k, ratio in zip(lengths.astype(int), ratios)])
+
+def share_of_real_ids(corpus, plan):
+    return (corpus.n_src + corpus.n_tgt + 2).sum() / sum(len(rows) * (S + W) for rows, S, W in plan)
 
 def test_batches_hold_every_pair_once_and_little_padding(settings):
     settings(batch_tokens=1024)
-    corpus = random_corpus()
+    rng = np.random.default_rng(SEED)
+    corpus = random_corpus(np.clip(rng.gamma(6, 2, 3000), 1, 60), rng.uniform(0.7, 1.4, 3000))
     plan = T.plan_epoch(corpus, 0, 1)
     assert sorted(np.concatenate([rows for rows, _, _ in plan]).tolist()) == list(range(len(corpus)))
     for rows, S, W in plan:
         assert len(rows) * max(S, W) <= 1024 and corpus.n_src[rows].max() < S and corpus.n_tgt[rows].max() < W
-    real = (corpus.n_src + corpus.n_tgt + 2).sum() / sum(len(rows) * (S + W) for rows, S, W in plan)
-    assert real > 0.85
+    assert share_of_real_ids(corpus, plan) > 0.85
     flat = lambda p: [rows.tolist() for rows, _, _ in p]
     assert flat(plan) == flat(T.plan_epoch(corpus, 0, 1)) and flat(plan) != flat(T.plan_epoch(corpus, 1,
         1)) != flat(T.plan_epoch(corpus, 1, 2))
@@ -810,6 +791,13 @@ def test_batches_hold_every_pair_once_and_little_padding(settings):
         steps = T.micro_batches(corpus, 3, start)
         for i in range(start, start + 4):
             assert flat(next(steps)) == flat(both[3 * i:3 * i + 3])
+
+def test_lengths_of_any_spread_take_little_padding(settings):
+    settings(batch_tokens=4096)
+    rng = np.random.default_rng(SEED)
+    corpus = random_corpus(np.clip(rng.lognormal(3, 0.7, 20_000), 1, 4000), rng.lognormal(0, 0.25, 20_000))
+    plan = T.plan_epoch(corpus, 0, 1)
+    assert sum(len(rows) for rows, _, _ in plan) == 20_000 and share_of_real_ids(corpus, plan) > 0.88
 
 # ---- training: schedule, loss, score ------------------------------------------------
 
@@ -887,11 +875,9 @@ def losses(folder):
 TINY = ["--max_steps=6", "--log_interval=1", "--eval_interval=100", "--checkpoint_interval=3", "--batch_tokens=512",
         "--dropout=0.0"]
 
-def torchrun(n, *args, timeout=170):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0",
-                           "--rdzv_backend=c10d",
-                           "--rdzv_endpoint=localhost:0", *args], cwd=HERE, capture_output=True, text=True,
-                           timeout=timeout)
+def torchrun(n, *args):
+    return run("-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:0", *args)
 
 def test_two_processes_are_two_micro_batches(tmp_path):
     one, two = run_all(lambda: run("train.py", *TINY, "--accumulate=2", f"--out_dir={tmp_path}/one"),
@@ -908,9 +894,8 @@ def test_text_to_translator(tmp_path):
     src, tgt = write_corpus(tmp_path, 2000)
     val_src, val_tgt = write_corpus(tmp_path, 20, "val")
     args = [f"--src={src}", f"--tgt={tgt}", f"--val_src={val_src}", f"--val_tgt={val_tgt}",
-            f"--out_dir={tmp_path}/out", "--vocab_size=300",
-            "--d_model=32", "--d_ff=64", "--n_encoder_layers=1", "--n_decoder_layers=1", "--max_steps=300",
-            "--batch_tokens=2048", "--average_last=2",
+            f"--out_dir={tmp_path}/out", "--vocab_size=300", "--d_model=32", "--d_ff=64", "--n_encoder_layers=1",
+            "--n_decoder_layers=1", "--max_steps=300", "--batch_tokens=2048", "--average_last=2",
             "--learning_rate=1e-2", "--warmup_steps=40", "--eval_interval=150", "--checkpoint_interval=20",
             "--dtype=float32", "--dropout=0"]
     result = run("train.py", *args)
@@ -973,9 +958,14 @@ def same_run(a, b):
         flat = [torch.utils._pytree.tree_flatten([s[k] for k in s if k != "settings"])[0] for s in states]
         assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*flat, strict=True)), name
 
+def wrapped(body):
+    """A script that runs train.py with something in it exchanged."""
+    return "\n".join(["import os, sys, runpy, time, torch", f"sys.path.insert(0, {HERE!r})", "import transformer",
+                      f"sys.argv[0] = {HERE!r} + '/train.py'", body,
+                      "runpy.run_path(sys.argv[0], run_name='__main__')"])
+
 LONG = ["--max_steps=60", "--log_interval=7", "--eval_interval=20", "--checkpoint_interval=10", "--batch_tokens=256",
-        "--dropout=0.1",
-        "--average_last=2", "--d_model=32", "--muon=0.01"]
+        "--dropout=0.1", "--average_last=2", "--d_model=32", "--muon=0.01"]
 
 def test_hard_kills_lose_nothing(tmp_path, mistake):
     """Killed at random moments, politely and not, and continued each time: it ends like the run nobody touched."""
@@ -1010,20 +1000,15 @@ def test_hard_kills_lose_nothing(tmp_path, mistake):
     assert "d_model" in mistake("train.py", *LONG, "--resume=True", "--d_model=64", f"--out_dir={folder}")
 
 def test_torchrun_restarts_a_dead_rank_and_nothing_changes(tmp_path):
-    code = f"""if 1:
-        import os, sys
-        sys.path.insert(0, {HERE!r}); sys.argv[0] = {HERE!r} + "/train.py"
-        import torch, runpy
-        step, n = torch.nn.utils.clip_grad_norm_, [0]
-        def dies(*args, **options):
-            n[0] += 1
-            first = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-            if n[0] == 4 and first and "dies" in sys.argv[1]:
-                os._exit(7)
-            return step(*args, **options)
-        torch.nn.utils.clip_grad_norm_ = dies
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    """
+    code = wrapped("""
+step, n = torch.nn.utils.clip_grad_norm_, [0]
+def dies(*args, **options):
+    n[0] += 1
+    first = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if n[0] == 4 and first and "dies" in sys.argv[1]:
+        os._exit(7)
+    return step(*args, **options)
+torch.nn.utils.clip_grad_norm_ = dies""")
     (tmp_path / "wrapped.py").write_text(code)
     start = lambda name: lambda: torchrun(2, "--max-restarts=3", str(tmp_path / "wrapped.py"),
                                           f"--out_dir={tmp_path}/{name}", *TINY)
@@ -1041,9 +1026,8 @@ def test_hard_a_cut_link_ends_both_sides_and_the_run_goes_on(tmp_path):
 
     def start(n, *args):
         command = ["ip", "netns", "exec", f"{names[n]}{pid}", sys.executable, "-m", "torch.distributed.run",
-                   "--nnodes=2", f"--node_rank={n}",
-                   "--master_addr=10.77.0.1", "--master_port=29555", "train.py", f"--out_dir={tmp_path}/out", *TINY,
-                   *args]
+                   "--nnodes=2", f"--node_rank={n}", "--master_addr=10.77.0.1", "--master_port=29555", "train.py",
+                   f"--out_dir={tmp_path}/out", *TINY, *args]
         return subprocess.Popen(command, cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env=dict(os.environ, GLOO_SOCKET_IFNAME="wire", OMP_NUM_THREADS="1"))
     try:
@@ -1082,16 +1066,12 @@ def test_two_runs_in_one_folder(tmp_path, mistake):
     assert first.returncode == 143
 
 def test_bad_numbers_stop_the_run_before_the_weights(tmp_path):
-    code = f"""if 1:
-        import sys, runpy, torch
-        sys.path.insert(0, {HERE!r}); sys.argv[0] = {HERE!r} + "/train.py"
-        clip, n = torch.nn.utils.clip_grad_norm_, [0]
-        def bad(*args, **options):
-            n[0] += 1
-            return clip(*args, **options) * (float("nan") if n[0] == 5 else 1)
-        torch.nn.utils.clip_grad_norm_ = bad
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    """
+    code = wrapped("""
+clip, n = torch.nn.utils.clip_grad_norm_, [0]
+def bad(*args, **options):
+    n[0] += 1
+    return clip(*args, **options) * (float("nan") if n[0] == 5 else 1)
+torch.nn.utils.clip_grad_norm_ = bad""")
     message = one_line_error(run("-c", code, *TINY, f"--out_dir={tmp_path}"))
     assert "at step 5" in message and "sentences [" in message
     assert M.read_checkpoint(f"{tmp_path}/last.pt")["step"] == 3
@@ -1211,53 +1191,58 @@ for kind in (GPT, BERT):
     result = run(str(tmp_path / "parts.py"))
     assert result.returncode == 0, result.stderr
 
-def test_the_compiled_step_has_the_right_gradient_and_few_graphs(tmp_path):
+COMPILED_STEP = f"""
+import torch, train, transformer
+from torch._dynamo.utils import counters
+torch.manual_seed({SEED}); torch.set_num_threads(1)
+config = transformer.Config(vocab_size=40, d_model=16, n_heads=2, d_ff=24, n_encoder_layers=2,
+                            n_decoder_layers=2, dropout=0.3)
+loss_fn = train.Loss(transformer.Transformer(config).train(), 0.1)
+loss_fn.compile_parts()
+graphs = []
+for B, S, W in ((6, 9, 8), (5, 7, 11), (7, 12, 6)):
+    src, tgt = torch.randint(3, 40, (B, S)), torch.randint(3, 40, (B, W + 1))
+    src[1, S // 2:] = 0; tgt[2, W // 2:] = 0
+    def loss():
+        torch.manual_seed(7)
+        return loss_fn(src, tgt)[0]
+    loss_fn.zero_grad()
+    first = loss(); first.backward()
+    weights = list(loss_fn.parameters())
+    norm = sum(w.grad.square().sum() for w in weights).sqrt()
+    def moved(distance):
+        with torch.no_grad():
+            for w in weights: w.add_(w.grad, alpha=float(distance / norm))
+        value = loss().item()
+        with torch.no_grad():
+            for w in weights: w.sub_(w.grad, alpha=float(distance / norm))
+        return value
+    slope = (moved(1e-3) - moved(-1e-3)) / 2e-3
+    assert abs(slope - norm.item()) < 0.02 * norm.item(), (slope, norm)
+    graphs.append(counters["stats"]["unique_graphs"])
+assert graphs[0] == graphs[2] <= 8, graphs
+for p in (0.1, 0.5):                                            # the compiler's cache has the first's program
+    torch._dynamo.reset()
+    y = torch.compile(train.HashedDropout(p).train(), dynamic=True)(torch.ones(100, 1000))
+    assert abs((y == 0).float().mean() - p) < 0.02 and abs(y.max() - 1 / (1 - p)) < 1e-3, (p, y.max())
+"""
+
+@pytest.fixture(scope="session", autouse=True)
+def compiling(request):
+    """Compiling takes long, so it begins with the first test; the test that judges it is among the last."""
+    if any("compiled_step" in item.name for item in request.session.items):
+        command = [sys.executable, "-c", COMPILED_STEP]
+        with subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True) as process:
+            yield process
+    else:
+        yield
+
+def test_the_compiled_step_has_the_right_gradient_and_few_graphs(compiling):
     """Along its own gradient, the loss with dropout rises as fast as the gradient says; new shapes add no graphs."""
-    code = f"""if 1:
-        import torch, train, transformer
-        from torch._dynamo.utils import counters
-        torch.manual_seed({SEED}); torch.set_num_threads(1)
-        config = transformer.Config(vocab_size=40, d_model=16, n_heads=2, d_ff=24, n_encoder_layers=2,
-                                    n_decoder_layers=2, dropout=0.3)
-        loss_fn = train.Loss(transformer.Transformer(config).train(), 0.1)
-        loss_fn.compile_parts()
-        graphs = []
-        for B, S, W in ((6, 9, 8), (5, 7, 11), (7, 12, 6)):
-            src, tgt = torch.randint(3, 40, (B, S)), torch.randint(3, 40, (B, W + 1))
-            src[1, S // 2:] = 0; tgt[2, W // 2:] = 0
-            def loss():
-                torch.manual_seed(7)
-                return loss_fn(src, tgt)[0]
-            loss_fn.zero_grad()
-            first = loss(); first.backward()
-            weights = list(loss_fn.parameters())
-            norm = sum(w.grad.square().sum() for w in weights).sqrt()
-            def moved(distance):
-                with torch.no_grad():
-                    for w in weights: w.add_(w.grad, alpha=float(distance / norm))
-                value = loss().item()
-                with torch.no_grad():
-                    for w in weights: w.sub_(w.grad, alpha=float(distance / norm))
-                return value
-            slope = (moved(1e-3) - moved(-1e-3)) / 2e-3
-            assert abs(slope - norm.item()) < 0.02 * norm.item(), (slope, norm)
-            graphs.append(counters["stats"]["unique_graphs"])
-        assert graphs[0] == graphs[2] <= 8, graphs
-        for p in (0.1, 0.5):                                            # the compiler's cache has the first's program
-            torch._dynamo.reset()
-            y = torch.compile(train.HashedDropout(p).train(), dynamic=True)(torch.ones(100, 1000))
-            assert abs((y == 0).float().mean() - p) < 0.02 and abs(y.max() - 1 / (1 - p)) < 1e-3, (p, y.max())
-    """
-    result = run("-c", code)
-    assert result.returncode == 0, result.stderr[-2000:]
+    _, errors = compiling.communicate(timeout=170)
+    assert compiling.returncode == 0, errors[-2000:]
 
 # ---- what train.py promises where it once did not -----------------------------------
-
-def wrapped(body):
-    """The beginning of a script that runs train.py with something in it exchanged."""
-    return "\n".join(["import os, sys, runpy, time, torch, transformer", f"sys.path.insert(0, {HERE!r})",
-                      f"sys.argv[0] = {HERE!r} + '/train.py'", body,
-                      "runpy.run_path(sys.argv[0], run_name='__main__')"])
 
 def test_a_step_that_overflows_is_taken_by_no_optimizer(tmp_path):
     code = wrapped("""
@@ -1296,8 +1281,7 @@ transformer.Transformer.encode = slow""")
 
     def stopped():
         process = subprocess.Popen([sys.executable, "-c", slow, *args, f"--out_dir={tmp_path}/parts"], cwd=HERE,
-                                   text=True,
-                                   stdout=subprocess.PIPE)
+                                   text=True, stdout=subprocess.PIPE)
         for line in process.stdout:
             if line.startswith("step     10"):
                 break
@@ -1316,8 +1300,7 @@ transformer.Transformer.encode = slow""")
 def test_resuming_with_other_text_is_refused_and_with_another_dtype_works(tmp_path, mistake):
     src, tgt = write_corpus(tmp_path, 200)
     args = [f"--src={src}", f"--tgt={tgt}", f"--out_dir={tmp_path}/out", "--vocab_size=270", *TINY, "--d_model=16",
-            "--d_ff=16",
-            "--muon=0.01", "--n_encoder_layers=1", "--n_decoder_layers=1"]
+            "--d_ff=16", "--muon=0.01", "--n_encoder_layers=1", "--n_decoder_layers=1"]
     assert run("train.py", *args, "--dtype=float32").returncode == 0
     result = run("train.py", *args, "--resume=True", "--max_steps=8", "--dtype=bfloat16")
     assert result.returncode == 0 and "after step 6" in result.stdout, result.stderr
@@ -1340,16 +1323,6 @@ def test_preparing_reads_no_further_ahead_than_a_few_parts(monkeypatch):
     results.close()
     monkeypatch.setattr(sys, "platform", "darwin")                      # no forked processes there
     assert list(T.on_all_cores(sum, iter([1] * 250), n=100)) == [100, 100, 50]
-
-def test_lengths_of_any_spread_take_little_padding(settings):
-    settings(batch_tokens=4096)
-    rng = np.random.default_rng(SEED)
-    lengths = np.clip(rng.lognormal(3, 0.7, 20_000), 1, 4000).astype(int)
-    corpus = T.Corpus.of([([3] * a, [4] * b) for a, b in zip(lengths, np.ceil(lengths * rng.lognormal(0, 0.25, 20_000)))
-                          for b in [int(b)]])
-    plan = T.plan_epoch(corpus, 0, 1)
-    real = (corpus.n_src + corpus.n_tgt + 2).sum() / sum(len(rows) * (S + W) for rows, S, W in plan)
-    assert sum(len(rows) for rows, _, _ in plan) == 20_000 and real > 0.88
 
 def test_what_is_linuxs_own_has_a_plain_way_beside_it(tmp_path, settings, monkeypatch):
     src, tgt = write_corpus(tmp_path, 50)

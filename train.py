@@ -229,6 +229,11 @@ def read_pairs(src, tgt):
     if not n:
         raise ValueError(f"{src} and {tgt} are empty, expected one sentence a line")
 
+def be_a_worker():
+    """Ctrl-C is for the parent alone, and SIGTERM is the end: what the parent does then would be wrong here."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
 def on_all_cores(work, pairs, n=5000):
     """work(list of n pairs) for all pairs, in order, on every core. Reads two lists a core ahead at most."""
     parts = iter(lambda: list(itertools.islice(pairs, n)), [])
@@ -236,8 +241,8 @@ def on_all_cores(work, pairs, n=5000):
     if len(first) < 2 or not sys.platform.startswith("linux"):          # elsewhere a forked process is not safe
         yield from map(work, itertools.chain(first, parts))
         return
-    parts, quiet = itertools.chain(first, parts), (signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is for the parent alone
-    with multiprocessing.get_context("fork").Pool(None, signal.signal, quiet) as pool:
+    parts = itertools.chain(first, parts)
+    with multiprocessing.get_context("fork").Pool(initializer=be_a_worker) as pool:
         while batch := list(itertools.islice(parts, 2 * os.cpu_count())):
             yield from pool.map(work, batch, chunksize=1)
 
@@ -477,10 +482,8 @@ def matmul_rate(device, dtype, seconds=0.2):
     (a @ b)[0, 0].item()                                # to read a number is to wait for the device
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        for _ in range(4):
-            c = a @ b
-        c[0, 0].item()
-        count += 4
+        (a @ b)[0, 0].item()
+        count += 1
     return 2 * n ** 3 * count / (time.perf_counter() - start)
 
 def clock(seconds):
