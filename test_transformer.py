@@ -428,6 +428,8 @@ def test_an_inference_copy_computes_the_same(monkeypatch):
     assert torch.equal(beam_search(fast, src, 3)[0], beam_search(model, src, 3)[0])
     for dtype in ("bfloat16", "int8"):
         assert (M.for_inference(model, dtype)(src, tgt) - want).abs().max() < 0.1 * want.abs().max(), dtype
+    order, quick = torch.randperm(6), M.for_inference(model, "int8")    # its scales are those of the batch, in any order
+    assert torch.equal(beam_search(quick, src[order], 3)[0], beam_search(quick, src, 3)[0][order])
     assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
     with pytest.raises(ValueError, match="dtype"):
         M.for_inference(model, "float8")
@@ -439,6 +441,12 @@ def test_an_inference_copy_computes_the_same(monkeypatch):
     assert torch.equal(M.for_inference(model, "int8")(src, tgt), M.for_inference(model, "auto")(src, tgt))
     assert torch.equal(M.for_inference(model, "float32")(src, tgt), want)
     assert torch.equal(beam_search(model, src, 2)[0], beam_search(M.for_inference(model, "float32"), src, 2)[0])
+
+def test_where_there_is_no_int8_the_translator_says_so_in_one_line(toy, monkeypatch, capsys):
+    monkeypatch.setattr(M, "has_int8", lambda device: False)
+    monkeypatch.setattr(M, "read_windows", lambda stream: [])
+    M.main(**M.main.__kwdefaults__ | dict(checkpoint=toy, dtype="int8"))
+    assert capsys.readouterr().err == "this device has no products in int8: translating as with --dtype=auto\n"
 
 def test_float16_attention_does_not_overflow():
     q = torch.full((1, 1, 2, 64), 40.0, dtype=torch.float16)            # 40 * 40 * 64 is more than float16 holds
@@ -821,6 +829,19 @@ def test_muon_is_that_of_pytorch():
             optimizer.step()
     for a, b in zip(ours, theirs):                                      # both round to bfloat16, each in its own order
         torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+
+def test_weight_decay_shrinks_the_embeddings_and_nothing_else(tmp_path):
+    args = ["--max_steps=1", "--warmup_steps=1", "--decay=inverse_sqrt", "--learning_rate=0.01", "--batch_tokens=256"]
+    runs = run_all(*(lambda d=d: run("train.py", *args, f"--embedding_decay={d}", f"--out_dir={tmp_path}/{d}")
+                     for d in (0, 10)))
+    assert all(result.returncode == 0 for result in runs), runs[0].stderr + runs[1].stderr
+    plain, decayed = (M.read_checkpoint(f"{tmp_path}/{d}/last.pt")["model"] for d in (0, 10))
+    torch.manual_seed(T.settings["seed"])
+    start = Transformer(Config(vocab_size=11, d_model=64, n_heads=4, d_ff=128, n_encoder_layers=2,
+                               n_decoder_layers=2)).embedding.weight
+    for name, weight in plain.items():
+        shrunk = start * (0.01 * 10) if name in ("embedding.weight", "src_embedding.weight", "output.weight") else 0
+        torch.testing.assert_close(decayed[name], weight - shrunk, rtol=0, atol=1e-6)
 
 def test_the_loss_is_label_smoothed_cross_entropy():
     model, src, tgt = small(), random_batch(), torch.cat((torch.full((6, 1), BOS), random_batch()), 1)

@@ -700,8 +700,9 @@ def build(run, config):
     run.totals = torch.zeros(4, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
 
 def resumed(run):
-    """Puts the run where out_dir/last.pt left it, if it is to go on from there. -> what that file holds, or None"""
-    state = None
+    """Puts the run where out_dir/last.pt left it, if it is to go on from there.
+    -> this rank's random states, for training to go on with, or None"""
+    mine = None
     if gathered(resume or run.restarts > 0 and os.path.exists(run.last), run)[0]:       # the latter: --max-restarts
         state = read_checkpoint(run.last)
         if not isinstance(state, dict) or "ranks" not in state:
@@ -716,8 +717,9 @@ def resumed(run):
                 optimizer.load_state_dict(values)
             if run.scaler.is_enabled() and state["scaler"]:
                 run.scaler.load_state_dict(state["scaler"])
-            vars(run).update({name: state[name] for name in PROGRESS})
-            run.totals.copy_(state["ranks"][run.rank][2])
+            vars(run).update({name: state[name] for name in PROGRESS if name != "recent" or run.rank == 0})
+            *mine, totals = state["ranks"][run.rank]
+            run.totals.copy_(totals)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             what = f"{type(error).__name__}, {str(error).splitlines()[0]}"
             fail(f"{run.last} was saved by another version of train.py: {what}")
@@ -725,12 +727,12 @@ def resumed(run):
         with open(run.log.name, "rb") as f:
             known = lambda line: run.step and line.endswith(b"}\n") and json.loads(line)["step"] <= run.step
             run.log.truncate(sum(map(len, itertools.takewhile(known, f))))
-    return state
+    return mine
 
-def compile_if_worth_it(run, state):
+def compile_if_worth_it(run):
     """The loss, compiled if asked for, or if the run is long enough; a resumed run does as it did before."""
     run.loss_fn = Loss(run.model, label_smoothing)
-    compiled = compile == "True" or compile == "auto" and (run.compiled if state else run.estimate > 120)
+    compiled = compile == "True" or compile == "auto" and (run.compiled if run.step else run.estimate > 120)
     if compiled and not run.cuda and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
         run.say("no C++ compiler found: running without torch.compile")
         compiled = False
@@ -773,13 +775,11 @@ def finish(run):
     run.plain, _ = load(run.model_path, run.device)
     if run.val_text:
         sources, truths = zip(*run.val_text)
-        scores = {}
-        for alpha in (0.6, 1.0, 1.4) if length_penalty < 0 else [length_penalty]:
-            out = translations(sources, run, beam_size=beam_size, length_penalty=alpha)
-            scores[alpha] = bleu(out, truths, run.words)
+        scores = {alpha: bleu(translations(sources, run, beam_size=beam_size, length_penalty=alpha), truths, run.words)
+                  for alpha in ([0.6, 1.0, 1.4] if length_penalty < 0 else [length_penalty])}
         alpha = max(scores, key=scores.get)
         save_model(run, alpha)                          # its translations have this penalty from now on
-        run.say(f"validation BLEU {scores[alpha]:.2f}, all {len(out):,} lines (tokenizer {bleu_tokenize}, "
+        run.say(f"validation BLEU {scores[alpha]:.2f}, all {len(truths):,} lines (tokenizer {bleu_tokenize}, "
                 f"beam {beam_size}, length penalty {alpha})")
         record(run, bleu=scores[alpha])
     elif not src:
@@ -809,7 +809,7 @@ def main():
     config = Config(len(run.tokenizer) if src else vocab_size, d_model, n_heads, d_ff, n_encoder_layers,
                     n_decoder_layers, dropout, norm_first)
     build(run, config)
-    state = resumed(run)
+    random_states = resumed(run)
 
     # ---- what it will cost, and so whether to compile ------------------------------
     run.real = run.corpus.n_ids(np.arange(len(run.corpus)))
@@ -818,7 +818,7 @@ def main():
     run.flops = id_flops * sum(run.real) / run.steps_per_epoch * max_steps
     run.peak = matmul_rate(run.device, getattr(torch, run.amp)) * run.world
     run.estimate = run.flops / (0.35 * run.peak)
-    compile_if_worth_it(run, state)
+    compile_if_worth_it(run)
     step_fn = run.loss_fn
     if run.world > 1:
         step_fn = nn.parallel.DistributedDataParallel(run.loss_fn, device_ids=[run.device.index] if run.cuda else None)
@@ -832,10 +832,10 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     run.loss_fn.train()
-    if state:                                           # only now, for nothing above to draw from them
-        torch.set_rng_state(state["ranks"][run.rank][0])
-        if run.cuda and state["ranks"][run.rank][1] is not None:
-            torch.cuda.set_rng_state(state["ranks"][run.rank][1])
+    if random_states:                                   # only now, for nothing above to draw from them
+        torch.set_rng_state(random_states[0])
+        if run.cuda and random_states[1] is not None:
+            torch.cuda.set_rng_state(random_states[1])
     due = lambda interval: run.step % interval == 0 or run.step == max_steps
     steps = micro_batches(run.corpus, run.world * accumulate, run.step)
     tick, n_ids = time.time(), 0
@@ -855,9 +855,10 @@ def main():
 
         # ---- the step ----------------------------------------------------------
         run.step += 1
+        rate = learning_rate_at(run.step)
         for optimizer, scale in zip(run.optimizers, (1.0, muon / peak_rate())):     # one schedule for both
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(run.step) * scale
+                group["lr"] = rate * scale
         # Every process knows the whole plan, and so how many target ids the step has on all of them together.
         micro = next(steps)
         n_tgt = sum(run.corpus.n_ids(rows)[1] for rows, _, _ in micro)
@@ -902,8 +903,7 @@ def main():
             if run.world > 1:
                 dist.all_reduce(run.totals)
             loss, nll = (run.totals[:2] / run.totals[2]).tolist()
-            values = dict(loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)),
-                          learning_rate=learning_rate_at(run.step),
+            values = dict(loss=loss, nll=nll, perplexity=math.exp(min(nll, 50)), learning_rate=rate,
                           grad_norm=norm.item(), skipped=run.n_skipped, tokens_per_second=n_ids / seconds,
                           mfu=n_ids / seconds * id_flops / run.peak)
             record(run, **values)
