@@ -428,7 +428,7 @@ def test_an_inference_copy_computes_the_same(monkeypatch):
     assert torch.equal(beam_search(fast, src, 3)[0], beam_search(model, src, 3)[0])
     for dtype in ("bfloat16", "int8"):
         assert (M.for_inference(model, dtype)(src, tgt) - want).abs().max() < 0.1 * want.abs().max(), dtype
-    order, quick = torch.randperm(6), M.for_inference(model, "int8")    # its scales are those of the batch, in any order
+    order, quick = torch.randperm(6), M.for_inference(model, "int8")    # its scales are those of the whole batch
     assert torch.equal(beam_search(quick, src[order], 3)[0], beam_search(quick, src, 3)[0][order])
     assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
     with pytest.raises(ValueError, match="dtype"):
