@@ -28,6 +28,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # more threads than cores would wait for each other most of the time
 import numpy as np
 import pytest
 import torch
@@ -75,6 +76,15 @@ def run_all(*jobs):
     """Each of the functions in a thread of its own: most of a script's time here is its imports."""
     with ThreadPoolExecutor() as pool:
         return [job.result() for job in [pool.submit(job) for job in jobs]]
+
+@pytest.fixture(scope="session", autouse=True)
+def early(request, tmp_path_factory):
+    """Runs that take long begin with the first test, one after the other; tests near the end judge them."""
+    jobs = {"compiled_step": lambda: run("-c", COMPILED_STEP),
+            "copying": lambda: run("train.py", f"--out_dir={tmp_path_factory.mktemp('copying')}")}
+    with ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(job) for name, job in jobs.items()
+               if any(name in item.name for item in request.session.items)}
 
 def one_line_error(result):
     """A user's mistake: exit status 2 and exactly one line, no traceback. -> the line"""
@@ -583,7 +593,7 @@ def test_the_model_stands_alone_above_the_line(tmp_path):
     text = open(os.path.join(HERE, "transformer.py"), encoding="utf-8").read()
     (tmp_path / "mine.py").write_text(re.split(r"# =+\n# THE MODEL ENDS HERE", text)[0], encoding="utf-8")
     mine = runpy.run_path(str(tmp_path / "mine.py"))
-    model = mine["Transformer"](mine["Config"](vocab_size=12, d_model=16, n_heads=2, d_ff=16))
+    model = mine["Transformer"](mine["Config"](vocab_size=12, d_model=16, n_heads=2, d_ff=16, dropout=0))
     src, tgt = torch.randint(3, 12, (4, 5)), torch.randint(3, 12, (4, 6))
     optimizer, values = torch.optim.Adam(model.parameters(), 1e-3), []
     for _ in range(5):
@@ -944,10 +954,11 @@ def test_the_readmes_commands():
         for name in re.findall(r"--(\w+)=", command):
             assert name in T.settings, name
 
-def test_copying_is_learnt_within_a_minute(tmp_path):
-    result = run("train.py", f"--out_dir={tmp_path}")
+def test_copying_is_learnt_within_a_minute(early):
+    result = early["copying"].result()
+    folder = result.args[-1].removeprefix("--out_dir=")
     assert result.returncode == 0 and "unseen sequences: 100.0%" in result.stdout, result.stdout[-800:] + result.stderr
-    assert losses(tmp_path)[-1]["accuracy"] == 1.0 and f"{tmp_path}/model.pt" in result.stdout
+    assert losses(folder)[-1]["accuracy"] == 1.0 and f"{folder}/model.pt" in result.stdout
 
 def test_bench_prints_a_table_and_json(mistake):
     short = ["--size=copy", "--batch=4", "--length=8", "--vocab_size=20", "--steps=1", "--compile=False"]
@@ -990,7 +1001,7 @@ LONG = ["--max_steps=60", "--log_interval=7", "--eval_interval=20", "--checkpoin
 
 def test_hard_kills_lose_nothing(tmp_path, mistake):
     """Killed at random moments, politely and not, and continued each time: it ends like the run nobody touched."""
-    assert run("train.py", *LONG, f"--out_dir={tmp_path}/whole").returncode == 0
+    whole = ThreadPoolExecutor(1).submit(run, "train.py", *LONG, f"--out_dir={tmp_path}/whole")
     folder = tmp_path / "parts"
     command = [sys.executable, "train.py", *LONG, f"--out_dir={folder}"]
     kinds = [signal.SIGTERM, signal.SIGINT] + [signal.SIGKILL] * KILLS
@@ -1006,6 +1017,7 @@ def test_hard_kills_lose_nothing(tmp_path, mistake):
         process.send_signal(kind)
         out, err = process.communicate(timeout=60)
         if process.returncode == 0:                                     # it was at its end already: begin again
+            assert whole.result().returncode == 0
             same_run(tmp_path / "whole", folder)
             shutil.rmtree(folder)
             continue
@@ -1016,7 +1028,7 @@ def test_hard_kills_lose_nothing(tmp_path, mistake):
             M.read_checkpoint(str(folder / "last.pt"))
         assert set(os.listdir(folder)) <= {"last.pt", "last.pt.tmp", "model.pt", "model.pt.tmp", "log.jsonl"}
     end = run("train.py", *LONG, *["--resume=True"] * (folder / "last.pt").exists(), f"--out_dir={folder}")
-    assert end.returncode == 0, end.stderr
+    assert end.returncode == whole.result().returncode == 0, end.stderr
     same_run(tmp_path / "whole", folder)
     assert "d_model" in mistake("train.py", *LONG, "--resume=True", "--d_model=64", f"--out_dir={folder}")
 
@@ -1248,20 +1260,10 @@ for p in (0.1, 0.5):                                            # the compiler's
     assert abs((y == 0).float().mean() - p) < 0.02 and abs(y.max() - 1 / (1 - p)) < 1e-3, (p, y.max())
 """
 
-@pytest.fixture(scope="session", autouse=True)
-def compiling(request):
-    """Compiling takes long, so it begins with the first test; the test that judges it is among the last."""
-    if any("compiled_step" in item.name for item in request.session.items):
-        command = [sys.executable, "-c", COMPILED_STEP]
-        with subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True) as process:
-            yield process
-    else:
-        yield
-
-def test_the_compiled_step_has_the_right_gradient_and_few_graphs(compiling):
+def test_the_compiled_step_has_the_right_gradient_and_few_graphs(early):
     """Along its own gradient, the loss with dropout rises as fast as the gradient says; new shapes add no graphs."""
-    _, errors = compiling.communicate(timeout=170)
-    assert compiling.returncode == 0, errors[-2000:]
+    result = early["compiled_step"].result()
+    assert result.returncode == 0, result.stderr[-2000:]
 
 # ---- what train.py promises where it once did not -----------------------------------
 
