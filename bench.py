@@ -203,9 +203,9 @@ def main():
                 "all_reduce_bytes_per_step": 4 * n if plan_devices > 1 else 0}
         print(f"\n{plan_tokens:,.0f} ids on {plan_devices} such device{'s' * (plan_devices > 1)}, if wires keep up:\n"
               f"  {n:,} parameters, {cost['flops']:.3g} FLOPs, {hours:,.1f} hours\n"
-              f"  model.pt {4 * n / 1e6:,.0f} MB, last.pt {12 * n / 1e6:,.0f} MB (weights and Adam's two moments)\n"
-              f"  memory: {16 * n / 1e9:.2f} GB a device for weights, gradients and moments; "
-              f"{peak / 1e9:.2f} GB in all here\n"
+              f"  model.pt {4 * n / 1e6:,.0f} MB, last.pt {12 * n / 1e6:,.0f} MB (weights and Adam's two moments), "
+              f"and as much as model.pt for each of --average_last\n  memory: {16 * n / 1e9:.2f} GB a device for "
+              f"weights, gradients and moments; {peak / 1e9:.2f} GB in all here\n"
               f"  all-reduce: {cost['all_reduce_bytes_per_step'] / 1e6:,.0f} MB a step")
         result |= cost
     else:

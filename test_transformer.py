@@ -651,6 +651,8 @@ def test_translating_keeps_lines_and_their_order(toy):
     out = result.stdout.split("\n")
     assert len(out) == len(lines) + 1 and out[1] == "" == out[3] and out[-1] == ""
     model, tokenizer = M.load(toy)
+    assert list(M.read_windows(io.BytesIO("\ufeffa\r\nb".encode()))) == [["a"], ["b"]]
+    assert max(map(len, M.draw_attention(model, tokenizer, lines[0], "a", max_src=2).split("\n"))) <= 17 + 2 * 3
     for i in (0, 2, 7):
         assert M.has_bfloat16(torch.device("cpu")) or out[i] == M.translate(model, tokenizer, [lines[i]])[0][0][0]
     assert nothing.returncode == 0 and nothing.stdout == ""
@@ -679,7 +681,8 @@ def test_translator_mistakes_cost_one_line(toy, tmp_path, mistake):
                        ([f"--checkpoint={toy}", "--dtype=int9"], "dtype"),
                        ([f"--checkpoint={toy}", "--device=warp"], "--device=warp"), (["--attention=x"], "attention")):
         assert word in mistake("transformer.py", *args)
-    one_line_error(run("transformer.py", "--nonsense"))                 # and for once as a user would
+    assert "out of memory" in one_line_error(run("transformer.py", f"--checkpoint={toy}", "--beam_size=1000000000",
+                                                 input="and for once as a user would\n"))
 
 # ---- training: settings -----------------------------------------------------------
 
@@ -715,14 +718,15 @@ def test_training_mistakes_cost_one_line(tmp_path, mistake):
                        (["--src=x"], "belong together"), (["--n_heads=3"], "divisible"), (["--decay=cosine"], "decay"),
                        (["--batch_tokens=0"], "batch_tokens"), (["--dropout=2"], "dropout"),
                        (["--resume=True", f"--out_dir={tmp_path}/new"], "there is no"), (["--device=warp"], "device"),
-                       (["--label_smoothing=1"], "label_smoothing"), (["--length_penalty=11"], "length_penalty"),
+                       (["--label_smoothing=1"], "label_smoothing"),
+                       (["--vocab_size=5"], "from 6"), (["--length_penalty=11"], "length_penalty"),
                        (files("a", "a")[:-2] + ["--vocab_size=9"], "259")):
         if not any(a.startswith("--out_dir") for a in args):
             args = args + [f"--out_dir={tmp_path}/o"]
         assert word in mistake("train.py", *args), args
     assert not (tmp_path / "new").exists()                              # nothing is made in a folder that was a mistake
-    for content, word in (({"step": 3}, "not one that train.py resumes from"), ([1], "not one that"),
-                          ({"ranks": [], "settings": dict(T.settings)}, "another version of train.py")):
+    for content, word in (({"step": 3}, "not a checkpoint that this train.py can"), ([1], "not a checkpoint that"),
+                          ({"ranks": [], "settings": dict(T.settings)}, "can resume from")):
         M.write_atomically(str(tmp_path / "o" / "last.pt"), content)
         assert word in mistake("train.py", "--resume=True", f"--out_dir={tmp_path}/o")
 
@@ -1091,12 +1095,16 @@ def test_hard_a_cut_link_ends_both_sides_and_the_run_goes_on(tmp_path):
 def test_two_runs_in_one_folder(tmp_path, mistake):
     first = subprocess.Popen([sys.executable, "train.py", f"--out_dir={tmp_path}", "--max_steps=100000",
                               "--compile=False"], cwd=HERE, stdout=subprocess.PIPE, text=True)
-    while not first.stdout.readline().startswith("run "):
-        pass
+    assert any(line.startswith("run ") for line in first.stdout)
     assert "another run is writing" in mistake("train.py", f"--out_dir={tmp_path}")
     first.terminate()
     first.communicate()
     assert first.returncode == 143
+    old = (tmp_path / "last.pt").read_bytes()                           # a new run keeps it
+    again = run("train.py", f"--out_dir={tmp_path}", *TINY, "--learning_rate=1e-9", "--muon=0", "--eval_interval=1",
+                "--patience=1", "--average_last=3", "--checkpoint_interval=100")    # and ends before there is any mean
+    assert again.returncode == 0 and "last.pt.old" in again.stdout and "mean of" not in again.stdout, again.stderr
+    assert (tmp_path / "last.pt.old").read_bytes() == old
 
 def test_bad_numbers_stop_the_run_before_the_weights(tmp_path):
     code = wrapped("""
@@ -1297,8 +1305,8 @@ def slow(self, src):
     time.sleep(0 if self.training else 0.2)
     return encode(self, src)
 transformer.Transformer.encode = slow""")
-    args = ["--max_steps=20", "--log_interval=5", "--eval_interval=10", "--checkpoint_interval=20",
-            "--batch_tokens=512"]
+    args = ["--max_steps=20", "--log_interval=5", "--eval_interval=10", "--checkpoint_interval=10",
+            "--average_last=2", "--batch_tokens=512"]
     whole = lambda: run("train.py", *args, f"--out_dir={tmp_path}/whole")
     seconds = []
 

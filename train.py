@@ -4,7 +4,6 @@ Training a Transformer: Section 5 of the paper.
     python train.py                                                   # learns to copy, in a quarter of a minute
     python train.py --src=a.en --tgt=a.de --val_src=b.en --val_tgt=b.de --out_dir=out       # learns to translate
     torchrun --nproc_per_node=2 train.py ...                          # the same on two GPUs, or two CPU processes
-    torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train.py ...  # and on two machines
 
 Every setting below can be overridden as --name=value. --help prints them.
 It writes out_dir/model.pt (to use), out_dir/last.pt (to resume with --resume=True) and out_dir/log.jsonl.
@@ -74,16 +73,16 @@ RECIPES = {
               dropout=0.1, epochs=15.0, batch_tokens=8192, learning_rate=1e-3, warmup_steps=1000),     # 4 million
     10 ** 9: dict(vocab_size=37000, d_model=512, d_ff=2048, n_heads=8, n_encoder_layers=6, n_decoder_layers=6,
                   dropout=0.1, batch_tokens=3125, accumulate=8, max_steps=100_000, learning_rate=0.0,
-                  muon=0.0, warmup_steps=4000, decay="inverse_sqrt", average_last=5, eval_interval=1000,
-                  checkpoint_interval=1000),                                                           # the paper
+                  muon=0.0, warmup_steps=4000, decay="inverse_sqrt", grad_clip=0.0, average_last=5,
+                  eval_interval=1000, checkpoint_interval=1000),                                   # the paper
 }
 # The smallest and the largest value that makes sense, or all that do.
 BOUNDS = dict.fromkeys("""batch_tokens accumulate log_interval eval_interval checkpoint_interval average_last beam_size
     warmup_steps max_len group_timeout""".split(), (1, 1e9))
 BOUNDS |= dict.fromkeys("""max_steps epochs learning_rate muon embedding_decay grad_clip max_ratio patience
     seed""".split(), (0, 1e9))
-BOUNDS |= dict(label_smoothing=(0, 0.999), length_penalty=(-1, 10), decay=["inverse_sqrt", "linear"],
-               compile=["auto", "True", "False"], bleu_tokenize=["13a", "none"],
+BOUNDS |= dict(vocab_size=(6, 1e9), label_smoothing=(0, 0.999), length_penalty=(-1, 10),
+               decay=["inverse_sqrt", "linear"], compile=["auto", "True", "False"], bleu_tokenize=["13a", "none"],
                dtype=["auto", "float32", "bfloat16", "float16"])
 # What a resumed run must not change, besides its text, its kinds of optimizers and the number of its processes.
 FIXED = """vocab_size d_model d_ff n_heads n_encoder_layers n_decoder_layers norm_first batch_tokens accumulate seed
@@ -104,8 +103,8 @@ import sys
 import time
 import zlib
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -237,11 +236,9 @@ def be_a_worker():
 def on_all_cores(work, pairs, n=5000):
     """work(list of n pairs) for all pairs, in order, on every core. Reads two lists a core ahead at most."""
     parts = iter(lambda: list(itertools.islice(pairs, n)), [])
-    first = list(itertools.islice(parts, 2))
-    if len(first) < 2 or not sys.platform.startswith("linux"):          # elsewhere a forked process is not safe
-        yield from map(work, itertools.chain(first, parts))
+    if not sys.platform.startswith("linux"):                            # elsewhere a forked process is not safe
+        yield from map(work, parts)
         return
-    parts = itertools.chain(first, parts)
     with multiprocessing.get_context("fork").Pool(initializer=be_a_worker) as pool:
         while batch := list(itertools.islice(parts, 2 * os.cpu_count())):
             yield from pool.map(work, batch, chunksize=1)
@@ -403,7 +400,7 @@ class HashedDropout(nn.Module):
         # Of 65536. An integer is a constant to torch.compile, but a float is an input: from its cache, a program made
         # for one p would be taken for another.
         self.kept = max(1, round((1 - p) * 65536))
-        self.seed = torch.zeros((), dtype=torch.int32)                  # Loss fills it anew before each forward pass
+        self.seed = torch.zeros((), dtype=torch.int32)                  # Loss fills it anew for each batch
 
     def forward(self, x):
         if not self.training or self.kept == 65536:
@@ -486,9 +483,7 @@ def matmul_rate(device, dtype, seconds=0.2):
         count += 1
     return 2 * n ** 3 * count / (time.perf_counter() - start)
 
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=int(seconds)))
+clock = lambda seconds: str(timedelta(seconds=int(seconds)))            # h:mm:ss
 
 def tokenize_13a(line):
     """The tokenizer of mteval-v13a: punctuation apart, but not inside numbers."""
@@ -546,7 +541,7 @@ def leave_if_told(run):
         heard = int(flag)
     if heard:
         if run.training:                                # otherwise that has been done already
-            save_checkpoint(run)
+            save_checkpoint(run, on_time=False)
         run.say(f"{signal.Signals(heard).name} after step {run.step:,}: saved {run.last}; "
                 "go on with the same command and --resume=True")
         sys.exit(128 + heard)
@@ -581,8 +576,7 @@ def translations(lines, run, **options):
 def record(run, **values):
     """One line of log.jsonl."""
     if run.rank == 0:
-        seconds = round(time.time() - run.start_time, 2)
-        run.log.write(json.dumps({"step": run.step, **values, "seconds": seconds}) + "\n")
+        run.log.write(json.dumps({"step": run.step, **values, "seconds": time.time() - run.start_time}) + "\n")
         run.log.flush()
 
 def save_model(run, alpha=0.6):
@@ -611,9 +605,14 @@ def validate(run):
 
 PROGRESS = "step validated saved best_nll n_worse n_skipped recent compiled made_with".split()   # of a run, in last.pt
 
-def save_checkpoint(run):
-    """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes."""
-    run.saved = run.step
+def save_checkpoint(run, on_time=True):
+    """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes.
+    One that a signal asks for is not on time: the run that goes on will still save, and average, at the same steps."""
+    if on_time:
+        run.saved = run.step
+        if average_last > 1 and run.rank == 0:
+            weights = {name: w.detach().cpu().clone() for name, w in run.plain.named_parameters()}
+            run.recent = (run.recent + [weights])[-average_last:]
     cuda_rng = torch.cuda.get_rng_state() if run.cuda else None
     ranks = gathered((torch.get_rng_state(), cuda_rng, run.totals.cpu()), run)
     if run.rank == 0:
@@ -630,6 +629,7 @@ def start(run):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))         # until there is something to save
     check_settings()
+    run.config = Config(vocab_size, d_model, n_heads, d_ff, n_encoder_layers, n_decoder_layers, dropout, norm_first)
     run.device = find_device(device, env("LOCAL_RANK"))
     run.cuda = run.device.type == "cuda"
     if run.cuda:
@@ -655,10 +655,10 @@ def read_data(run):
     """The training pairs, the validation pairs, and what a resumed run has to find as it was."""
     run.val, run.val_text, run.tokenizer, index = None, None, None, {}
     if src:
+        run.val_text = list(read_pairs(val_src, val_tgt)) if val_src else None          # first: mistakes show at once
         run.say(f"preparing {src} and {tgt} ...", flush=True)
         run.corpus, run.tokenizer, index = prepare(os.path.join(out_dir, "data"))
         if val_src:
-            run.val_text = list(read_pairs(val_src, val_tgt))
             run.val = Corpus.of([[run.tokenizer.encode(line)[:max_len - 1] for line in pair] for pair in run.val_text])
     else:
         pairs = copy_task(20_000, seed)
@@ -675,14 +675,15 @@ def join_the_others(run):
     dist.init_process_group("nccl" if run.cuda else "gloo", store=dist.PrefixStore(str(run.restarts), store),
                             rank=run.rank, world_size=run.world, timeout=timeout)
 
-def build(run, config):
+def build(run):
     """The model, its optimizers, and in what numbers they compute."""
     torch.manual_seed(seed)
-    run.model = Transformer(config).to(run.device)
+    run.model = Transformer(run.config).to(run.device)
     torch.manual_seed(seed + run.rank)                  # the same weights on every rank, but other dropout
     with torch.device("meta"):                          # the same weights in a model that stays as it is, not compiled
-        run.plain = Transformer(config).eval()
+        run.plain = Transformer(run.config).eval()
     run.plain.load_state_dict(run.model.state_dict(), assign=True)
+    run.plain.output.weight = run.plain.embedding.weight
     layers = nn.ModuleList((*run.model.encoder, *run.model.decoder))
     matrices = [w for w in layers.parameters() if w.dim() == 2 and muon]
     embedding = run.model.embedding.weight
@@ -695,7 +696,7 @@ def build(run, config):
     fast = has_bfloat16(run.device) and (run.cuda or d_model >= 128)
     run.amp = dtype if dtype != "auto" else "bfloat16" if fast else "float16" if run.cuda else "float32"
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "float16")
-    run.autocast = partial(torch.autocast, run.device.type, getattr(torch, run.amp), enabled=run.amp != "float32")
+    run.autocast = lambda: torch.autocast(run.device.type, getattr(torch, run.amp), enabled=run.amp != "float32")
     # Loss, nll, target ids and bad gradients since the last progress line. To read them is to wait for the device.
     run.totals = torch.zeros(4, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
 
@@ -705,8 +706,6 @@ def resumed(run):
     mine = None
     if gathered(resume or run.restarts > 0 and os.path.exists(run.last), run)[0]:       # the latter: --max-restarts
         state = read_checkpoint(run.last)
-        if not isinstance(state, dict) or "ranks" not in state:
-            fail(f"{run.last} is a checkpoint, but not one that train.py resumes from")
         try:
             for name, value in run.made_with.items():
                 if state["made_with"][name] != value:
@@ -722,7 +721,11 @@ def resumed(run):
             run.totals.copy_(totals)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             what = f"{type(error).__name__}, {str(error).splitlines()[0]}"
-            fail(f"{run.last} was saved by another version of train.py: {what}")
+            fail(f"{run.last} is not a checkpoint that this train.py can resume from: {what}")
+    elif run.rank == 0 and not run.restarts:            # a new run where an old one was: keep that
+        for path in filter(os.path.exists, (run.last, run.model_path)):
+            os.replace(path, path + ".old")
+            run.say(f"an earlier run's {path} is now {path}.old")
     if run.rank == 0:                   # the log's lines on steps to come go, in one cut: no kill loses other lines
         with open(run.log.name, "rb") as f:
             known = lambda line: run.step and line.endswith(b"}\n") and json.loads(line)["step"] <= run.step
@@ -760,15 +763,16 @@ def banner(run):
 
 def finish(run):
     """Chooses what model.pt is to be, and shows what it can do."""
-    if average_last > 1:                                # §6.1
-        for name, weight in run.plain.state_dict().items():
+    n = gathered(len(run.recent), run)[0]
+    if n > 1:                                           # §6.1
+        for name, weight in run.plain.named_parameters():
             if run.rank == 0:
-                weight.copy_(torch.stack([weights[name] for weights in run.recent]).mean(0))
+                weight.data.copy_(torch.stack([weights[name] for weights in run.recent]).mean(0))
             if run.world > 1:
-                dist.broadcast(weight, 0)
+                dist.broadcast(weight.data, 0)
     nll = validation_nll(run) if run.val else -math.inf
-    if average_last > 1 and run.val:
-        run.say(f"mean of the last {average_last} checkpoints: validation nll {nll:.4f}, best {run.best_nll:.4f}")
+    if n > 1 and run.val:
+        run.say(f"mean of the last {n} checkpoints: validation nll {nll:.4f}, best {run.best_nll:.4f}")
     if nll <= run.best_nll:
         save_model(run)
     gathered(None, run)                                 # model.pt is there now
@@ -806,15 +810,14 @@ def main():
     globals()["max_steps"] = max_steps or max(1, round(epochs * run.steps_per_epoch))
     if run.world > 1:
         join_the_others(run)
-    config = Config(len(run.tokenizer) if src else vocab_size, d_model, n_heads, d_ff, n_encoder_layers,
-                    n_decoder_layers, dropout, norm_first)
-    build(run, config)
+    run.config = replace(run.config, vocab_size=len(run.tokenizer) if src else vocab_size)
+    build(run)
     random_states = resumed(run)
 
     # ---- what it will cost, and so whether to compile ------------------------------
     run.real = run.corpus.n_ids(np.arange(len(run.corpus)))
     run.padding = 1 - sum(run.real) / sum(len(rows) * (S + T) for rows, S, T in plan)
-    id_flops = flops(config, *run.real, *(n / len(run.corpus) for n in run.real)) / sum(run.real)
+    id_flops = flops(run.config, *run.real, *(n / len(run.corpus) for n in run.real)) / sum(run.real)
     run.flops = id_flops * sum(run.real) / run.steps_per_epoch * max_steps
     run.peak = matmul_rate(run.device, getattr(torch, run.amp)) * run.world
     run.estimate = run.flops / (0.35 * run.peak)
@@ -844,9 +847,6 @@ def main():
         if run.val and due(eval_interval) and run.validated < run.step:
             validate(run)
         if due(checkpoint_interval) and run.saved < run.step:
-            if average_last > 1 and run.rank == 0:
-                weights = {name: w.detach().cpu().clone() for name, w in run.plain.state_dict().items()}
-                run.recent = (run.recent + [weights])[-average_last:]
             save_checkpoint(run)
         if run.world == 1 or not run.cuda or due(log_interval):
             leave_if_told(run)
@@ -907,10 +907,9 @@ def main():
                           grad_norm=norm.item(), skipped=run.n_skipped, tokens_per_second=n_ids / seconds,
                           mfu=n_ids / seconds * id_flops / run.peak)
             record(run, **values)
-            left = clock((max_steps - run.step) * seconds / log_interval)
             line = ("step {:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {perplexity:8.2f}  lr {learning_rate:.2e}  "
                     "norm {grad_norm:.2f}  {tokens_per_second:,.0f} ids/s  mfu {mfu:.0%}  left {}")
-            run.say(line.format(run.step, left, **values), flush=True)
+            run.say(line.format(run.step, clock((max_steps - run.step) * seconds / log_interval), **values), flush=True)
             run.totals.zero_()
             tick, n_ids = time.time(), 0
 
@@ -927,6 +926,7 @@ def main():
 if __name__ == "__main__":
     given = override(settings, sys.argv[1:], __file__)
     globals().update(given)
+    sys.stdout.reconfigure(errors="replace")            # "?" is what the terminal or the log can't show
     if src:
         globals().update({name: value for name, value in recipe()[1].items() if name not in given})
     try:

@@ -16,11 +16,8 @@ Read it from top to bottom: whatever a line uses is defined above it. This is Fi
          ↑  embed: embedding · √D + sinusoids         ↑  embed: the same
       src (B, S)                                   tgt_in (B, T)
 
-Delete all that follows the line "THE MODEL ENDS HERE", text and files, and what is left is the model, complete.
-
-One letter for each axis, in every comment:
-    B batch, S source length, T target length, D d_model, H heads, K d_head = D/H, V vocabulary;
-    in decoding, N beams: the hypotheses that are kept for each sentence
+One letter for each axis, in every comment: B batch, S source length, T target length, D d_model, H heads,
+K d_head = D/H, V vocabulary, and in decoding N beams, the hypotheses that are kept for each sentence.
 
 Where this differs from the paper, and why (a test holds each point):
 
@@ -28,16 +25,16 @@ Where this differs from the paper, and why (a test holds each point):
     to it, and the outputs of encoder and decoder are zeros there.
  2. Initial weights, and the ε in LayerNorm. The paper does not say. Matrices are Glorot-uniform; embeddings are normal
     with variance 1/D, so that the √D of §3.4 brings them to the scale of the positions; ε is PyTorch's.
- 3. Beam search never proposes PAD or BOS, and makes a hypothesis end (EOS) when it reaches its length limit. It stops
-    when no unfinished hypothesis can still win; the paper says only "terminate early when possible".
+ 3. Beam search never proposes PAD or BOS, ends a hypothesis (EOS) that reaches its length limit, and stops when no
+    unfinished one can still win; the paper says only "terminate early when possible".
  4. Text becomes byte-level BPE, with a space put before the first word. The paper splits characters. With bytes any
     string can be written, so there is no unknown word.
  5. `Config` offers what the paper does not use: norms before the sub-layers, an output matrix that is not tied to the
     embedding, a source vocabulary of its own, biases on the attention projections, norms at the end of the stacks.
 """
 
+import contextlib
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -321,7 +318,7 @@ class Transformer(nn.Module):
 
 # ---- §6.1 Decoding: what it is, then the same without computing anything twice, then several guesses at once ----
 
-@contextmanager
+@contextlib.contextmanager
 def eval_mode(model):
     """`with eval_mode(model):` is without dropout. Afterwards, even after an error, each part is as it was before."""
     training = [part for part in model.modules() if part.training]
@@ -561,7 +558,7 @@ def to_torch(model):
 Transformer.from_torch, Transformer.to_torch = staticmethod(from_torch), to_torch       # they are methods as well
 
 # =============================================================================
-# THE MODEL ENDS HERE. What follows is text, files and the command line.
+# THE MODEL ENDS HERE. What follows is text, files and the command line: delete it, and the model is still complete.
 # =============================================================================
 
 import copy
@@ -574,7 +571,6 @@ import sys
 import warnings
 import zipfile
 from collections import Counter, defaultdict
-from contextlib import ExitStack
 
 # ---- §5.1 Text: byte-level byte-pair encoding (Sennrich et al., 2016), shared by both languages ----
 
@@ -713,8 +709,9 @@ def write_atomically(path, content):
 def save(path, model, tokenizer=None, length_penalty=0.6):
     """Writes the model with all it takes to translate to one file, atomically. Raises OSError if it can't."""
     merges = None if tokenizer is None else torch.tensor(tokenizer.merges, dtype=torch.int32).view(-1, 2)
+    on_cpu = {w.data_ptr(): w.detach().cpu() for w in model.state_dict().values()}      # tied weights only once
     write_atomically(path, {"format": FORMAT, "config": vars(model.config), "merges": merges,
-                            "model": {name: w.detach().cpu() for name, w in model.state_dict().items()},
+                            "model": {name: on_cpu[w.data_ptr()] for name, w in model.state_dict().items()},
                             "length_penalty": length_penalty})
 
 def read_checkpoint(path):
@@ -829,7 +826,7 @@ def attention_maps(model, src, tgt_in):
     maps = {"encoder": [], "decoder": [], "cross": []}
     weights = lambda attn, x, keys_values, mask=None, causal=False: attention_weights(
         attn.split_heads(attn.q(x)), keys_values[0], causal_mask(x.size(1), x.device) if causal else mask)
-    with eval_mode(model), ExitStack() as hooks:                        # at its end, the hooks are gone
+    with eval_mode(model), contextlib.ExitStack() as hooks:                        # at its end, the hooks are gone
         for name, part in model.named_modules():
             if isinstance(part, MultiHeadAttention):
                 seen = maps["cross" if "cross" in name else name.split(".")[0]]
@@ -838,10 +835,10 @@ def attention_maps(model, src, tgt_in):
         model(src, tgt_in)
     return {name: torch.stack(seen) for name, seen in maps.items()}
 
-def draw_attention(model, tokenizer, source, target):
+def draw_attention(model, tokenizer, source, target, max_src=1024):
     """Where the model looks while it writes target: the cross-attention of its last layer, averaged over the heads, as
     lines for the terminal. A row is a target token, a column a source token, and darker is more. Two strings -> str"""
-    src, tgt = tokenizer.encode(source) + [EOS], tokenizer.encode(target) + [EOS]
+    src, tgt = tokenizer.encode(source)[:max_src] + [EOS], tokenizer.encode(target) + [EOS]
     rows = [pad_rows([ids], model.embedding.weight.device) for ids in (src, [BOS] + tgt[:-1])]
     text = lambda i: "</s>" if i == EOS else tokenizer.bytes[i].decode("utf-8", "replace").strip() or "·"
     names = lambda ids, n: ["".join(c if c.isprintable() else "·" for c in text(i))[:n] for i in ids]
@@ -855,12 +852,12 @@ def draw_attention(model, tokenizer, source, target):
 def read_windows(stream):
     """Lists of lines from a binary stream, each what one read brings: a file comes in large blocks, and a pipe as it is
     written, so an endless input is translated as it comes. Only \\n ends a line; bytes not UTF-8 turn U+FFFD."""
-    rest = b""
+    rest, text = b"", lambda line: line.rstrip(b"\r\n").decode("utf-8", "replace").removeprefix("\ufeff")
     while block := stream.read1(1 << 19):
         *lines, rest = (rest + block).split(b"\n")
-        yield [line.removesuffix(b"\r").decode("utf-8", "replace") for line in lines]
+        yield [text(line) for line in lines]
     if rest:
-        yield [rest.removesuffix(b"\r").decode("utf-8", "replace")]
+        yield [text(rest)]
 
 # ---- The tour: python transformer.py ----------------------------------------
 
@@ -962,19 +959,22 @@ def main(*,
         fail(f"{checkpoint} holds no tokenizer: its model was trained on ids, not on text")
     # Line by line, so that whoever kills this finds whole lines. "?" is what can't be written in UTF-8.
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
-    n, alpha = 0, length_penalty if length_penalty >= 0 else model.length_penalty
+    n, alpha = -1, length_penalty if length_penalty >= 0 else model.length_penalty
     try:
         for lines in read_windows(sys.stdin.buffer):
             results = translate(model, tokenizer, lines, beam_size, alpha, batch_tokens, n_best, max_src)
-            for line, best in zip(lines, results):
+            for n, (line, best) in enumerate(zip(lines, results), n + 1):
                 print(*(f"{n}\t{score:.4f}\t{text}" if n_best > 1 else text for text, score in best), sep="\n")
                 if attention and line.strip():
-                    print(draw_attention(model, tokenizer, line, best[0][0]), end="\n\n")
-                n += 1
+                    print(draw_attention(model, tokenizer, line, best[0][0], max_src), end="\n\n")
     except BrokenPipeError:                                             # the reader has had enough (head, less)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        fail(f"out of memory: lower --batch_tokens={batch_tokens} or --beam_size={beam_size}")
 
 if __name__ == "__main__":
     main(**override(main.__kwdefaults__, sys.argv[1:], __file__))
