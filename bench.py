@@ -236,5 +236,5 @@ if __name__ == "__main__":
     globals().update(override(settings, sys.argv[1:], __file__))
     try:
         main()
-    except ValueError as error:
-        fail(error)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        fail(str(error).splitlines()[0])

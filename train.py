@@ -121,6 +121,7 @@ except ImportError:         # Windows has no such locks: there, nothing keeps tw
     fcntl = None
 
 now = lambda: {name: globals()[name] for name in settings}                      # what they are in this run
+clock = lambda seconds: str(timedelta(seconds=int(seconds)))                    # h:mm:ss
 
 def check_settings():
     """Ends the run, in one line, if a setting makes no sense: before anything is read or written."""
@@ -236,7 +237,9 @@ def be_a_worker():
 def on_all_cores(work, pairs, n=5000):
     """work(list of n pairs) for all pairs, in order, on every core. Reads two lists a core ahead at most."""
     parts = iter(lambda: list(itertools.islice(pairs, n)), [])
-    if not sys.platform.startswith("linux"):                            # elsewhere a forked process is not safe
+    first = list(itertools.islice(parts, 2))
+    parts = itertools.chain(first, parts)
+    if len(first) < 2 or not sys.platform.startswith("linux"):          # elsewhere a forked process is not safe
         yield from map(work, parts)
         return
     with multiprocessing.get_context("fork").Pool(initializer=be_a_worker) as pool:
@@ -483,8 +486,6 @@ def matmul_rate(device, dtype, seconds=0.2):
         count += 1
     return 2 * n ** 3 * count / (time.perf_counter() - start)
 
-clock = lambda seconds: str(timedelta(seconds=int(seconds)))            # h:mm:ss
-
 def tokenize_13a(line):
     """The tokenizer of mteval-v13a: punctuation apart, but not inside numbers."""
     line = line.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
@@ -606,9 +607,8 @@ def validate(run):
 PROGRESS = "step validated saved best_nll n_worse n_skipped recent compiled made_with".split()   # of a run, in last.pt
 
 def save_checkpoint(run, on_time=True):
-    """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes.
-    One that a signal asks for is not on time: the run that goes on will still save, and average, at the same steps."""
-    if on_time:
+    """last.pt: everything it takes to go on as if nothing had happened. All ranks call it, rank 0 writes."""
+    if on_time:         # not for a signal: a run that goes on from there still saves, and averages, at its own steps
         run.saved = run.step
         if average_last > 1 and run.rank == 0:
             weights = {name: w.detach().cpu().clone() for name, w in run.plain.named_parameters()}
