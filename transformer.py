@@ -826,7 +826,7 @@ def attention_maps(model, src, tgt_in):
     maps = {"encoder": [], "decoder": [], "cross": []}
     weights = lambda attn, x, keys_values, mask=None, causal=False: attention_weights(
         attn.split_heads(attn.q(x)), keys_values[0], causal_mask(x.size(1), x.device) if causal else mask)
-    with eval_mode(model), contextlib.ExitStack() as hooks:                        # at its end, the hooks are gone
+    with eval_mode(model), contextlib.ExitStack() as hooks:             # at its end, the hooks are gone
         for name, part in model.named_modules():
             if isinstance(part, MultiHeadAttention):
                 seen = maps["cross" if "cross" in name else name.split(".")[0]]
