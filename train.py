@@ -577,7 +577,7 @@ def translations(lines, run, **options):
 def record(run, **values):
     """One line of log.jsonl."""
     if run.rank == 0:
-        run.log.write(json.dumps({"step": run.step, **values, "seconds": round(time.time() - run.start_time, 2)}) + "\n")
+        run.log.write(json.dumps(dict(step=run.step, **values, seconds=round(time.time() - run.start_time, 2))) + "\n")
         run.log.flush()
 
 def save_model(run, alpha=0.6):
