@@ -1,42 +1,52 @@
 """
-What you need to believe the numbers: this model and torch.nn.Transformer, on the same ids, in one run.
+What you need to believe the numbers: this model and torch.nn.Transformer, on the same ids.
 
-    python bench.py                                   # a small model, about two minutes on two CPU cores
-    python bench.py --size=base --batch=32            # the paper's base model
-    torchrun --nproc_per_node=2 bench.py              # adds what a second process brings
-    python bench.py --plan=True --size=base --vocab_size=37000 --plan_tokens=5e9 --plan_devices=8  # what would it cost?
+    python bench.py                                   # a small model, minutes on two CPU cores
+    python bench.py --size=base                       # the paper's base model
+    torchrun --nproc_per_node=2 bench.py              # what a second process brings
+    python bench.py --plan=True --size=base --vocab_size=37000 --plan_tokens=5e9 --plan_devices=8
 
-Prints a table for people and, as the last line, one JSON object for programs. Tokens are real: padding is not counted.
+The last one measures this machine and says what a whole training run would cost.
+Prints a table for people and, as the last line, one JSON object for programs.
+Speed is in real ids a second, source and target together: padding is not counted.
 """
 
 # ---- settings ---------------------------------------------------------------
-size = "small"              # tiny 128/256/4/4+4, small 256/1024/4/3+3, base 512/2048/8/6+6, copy 64/128/4/2+2
-batch = 64                  # sentence pairs in a step
-length = 32                 # ids in the longest sentence; the shortest has half of that
+size = "small"          # copy, tiny, small, base or big: see SIZES below
+batch = 64              # sentence pairs in a step
+length = 32             # ids in the longest sentence; the shortest has half of that
 vocab_size = 8000
-steps = 8                   # timed steps; the median counts
-decode_batch = 32           # sentences decoded together
-decode_len = 32             # ids decoded for each
-device = "auto"             # cpu or cuda; auto: cuda where there is one
-dtype = "auto"              # bfloat16, float32, or int8 to decode in; auto: bfloat16 where the hardware has it
-plan = False                # True: measures this machine and says what a run would cost, on as many of it
-plan_tokens = 5e9           # source and target ids the run reads, all epochs together; the paper's: 100,000 x 50,000
-plan_devices = 1            # devices like this one; gradients are summed over them once a step
-compile = True              # the training step of this model; torch.nn.Transformer runs as its documentation shows
+steps = 8               # timed steps; the median counts
+seconds = 20.0          # no row takes further steps after so long; warm-up is extra
+decode_batch = 32       # sentences decoded together
+decode_len = 32         # ids decoded for each
+device = "auto"         # cpu or cuda; auto: cuda where there is one
+dtype = "auto"          # bfloat16, float32, or int8 to decode in; auto: bfloat16 in hardware
+plan = False            # True: measures this machine and says what a run would cost
+plan_tokens = 5e9       # source and target ids the run reads in all; the paper's: 100,000 x 50,000
+plan_devices = 1        # devices like this one; gradients are summed over them once a step
+compile = True          # the training step of this model; torch.nn.Transformer runs as documented
 seed = 1
 # ---- end of settings --------------------------------------------------------
-settings = {k: v for k, v in globals().items() if k[0] != "_" and type(v) in (bool, int, float, str)}
+settings = {
+    name: value
+    for name, value in globals().items()
+    if name[0] != "_" and type(value) in (bool, int, float, str)
+}
 
+import gc
 import json
+import math
 import os
 import statistics
 import sys
 import time
+import warnings
 from functools import partial
 
 try:
     import resource
-except ImportError:         # Windows does not say how much memory a process has had
+except ImportError:     # Windows does not say how much memory a process has had
     resource = None
 
 import torch
@@ -44,197 +54,425 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from train import Loss, find_device, flops, keep_freed_memory, matmul_rate
-from transformer import (BOS, EOS, PAD, Config, Transformer, beam_search, fail, for_inference, has_bfloat16, has_int8,
-                         override, sinusoids)
+from train import (
+    Loss,
+    available_cores,
+    find_device,
+    keep_freed_memory,
+    local_rank,
+    local_world,
+    rank,
+    world,
+)
+from transformer import (
+    BOS,
+    EOS,
+    PAD,
+    Config,
+    Transformer,
+    beam_search,
+    fail,
+    for_inference,
+    has_bfloat16,
+    has_int8,
+    override,
+    sinusoids,
+)
 
-SIZES = {"copy": (64, 128, 4, 2), "tiny": (128, 256, 4, 4), "small": (256, 1024, 4, 3), "base": (512, 2048, 8, 6),
-         "big": (1024, 4096, 16, 6)}
+# d_model, d_ff, heads, layers on each side. The last two are Table 3 of the paper.
+SIZES = {
+    "copy": (64, 128, 4, 2),
+    "tiny": (128, 256, 4, 4),
+    "small": (256, 1024, 4, 3),
+    "base": (512, 2048, 8, 6),
+    "big": (1024, 4096, 16, 6),
+}
+# What the smallest sensible value is, where it isn't 1. Three ids are specials.
+LEAST = {"vocab_size": EOS + 2, "seed": 0}
 
-class TorchTransformer(nn.Module):
-    """torch.nn.Transformer with what it lacks, embeddings and masks, put together as its documentation suggests."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.embedding = nn.Embedding(c.vocab_size, c.d_model)
-        nn.init.normal_(self.embedding.weight, 0, c.d_model ** -0.5)
-        self.core = nn.Transformer(c.d_model, c.n_heads, c.n_encoder_layers, c.n_decoder_layers, c.d_ff, c.dropout,
-                                   batch_first=True, norm_first=True)
-        self.dropout = nn.Dropout(c.dropout)
-
-    def embed(self, ids):
-        D = self.embedding.embedding_dim
-        return self.dropout(self.embedding(ids) * D ** 0.5 + sinusoids(torch.arange(ids.size(1), device=ids.device), D))
-
-    def encode(self, src):
-        return self.core.encoder(self.embed(src), src_key_padding_mask=src == PAD)
-
-    def decode(self, tgt_in, memory, src):
-        causal = nn.Transformer.generate_square_subsequent_mask(tgt_in.size(1), device=src.device, dtype=torch.bool)
-        return self.core.decoder(self.embed(tgt_in), memory, tgt_mask=causal, tgt_is_causal=True,
-                                 tgt_key_padding_mask=tgt_in == PAD, memory_key_padding_mask=src == PAD)
-
-    def output(self, states):
-        return F.linear(states, self.embedding.weight)
-
-def greedy(model, src, n):
-    """Greedy decoding with a model that has no cache: every step computes the whole prefix again. -> (B, n)"""
-    ids = torch.full((len(src), 1), BOS, device=src.device)
-    with torch.inference_mode():
-        memory = model.encode(src)
-        for _ in range(n):
-            ids = torch.cat((ids, model.output(model.decode(ids, memory, src)[:, -1:])[..., EOS:].argmax(-1) + EOS), 1)
-    return ids[:, 1:]
-
-def timed(fn, n, sync, warmup=2):
-    """Median seconds of n calls."""
-    times = []
-    for i in range(n + warmup):
-        sync()
-        start = time.perf_counter()
-        fn()
-        sync()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[warmup:])
-
-def peak_memory(cuda):
-    """Bytes that this process has had at most, on the GPU or in all. 0: unknown."""
-    if cuda:
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
-
-def training_step(call, optimizer, src, tgt, amp):
-    """Forward, loss, backward, Adam."""
-    with torch.autocast(src.device.type, torch.bfloat16, enabled=amp):
-        smoothed, _ = call(src, tgt)
-    (smoothed / (tgt[:, 1:] != PAD).sum()).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-def time_training(src, tgt, amp, model, compiled, sync, parallel=False):
-    """Seconds of one training step of the model on that batch."""
-    loss_fn = Loss(model.train(), 0.1)
-    if compiled:
-        loss_fn.compile_parts()
-    call = loss_fn
-    if parallel:
-        call = nn.parallel.DistributedDataParallel(loss_fn, device_ids=[src.device.index] if src.is_cuda else None)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4, (0.9, 0.98), 1e-9, fused=True)
-    return timed(partial(training_step, call, optimizer, src, tgt, amp), steps, sync)
-
-def add_row(rows, rate, what, seconds, tokens, work=None):
-    """One row of the table, printed by rank 0 and kept for the JSON object. work: FLOPs, where they are known."""
-    rows.append({"what": what, "tokens_per_second": tokens / seconds, "ms": 1e3 * seconds,
-                 "share_of_matmul_rate": work / seconds / rate if work else None})
-    if int(os.environ.get("RANK", 0)) == 0:
-        share = f"{work / seconds / rate:6.0%}" if work else ""
-        print(f"{what:<46}{tokens / seconds:>12,.0f} tok/s{1e3 * seconds:>11,.1f} ms {share}", flush=True)
-
-def main():
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+def check_settings():
+    """Ends the run, in one line, if a setting makes no sense: before anything is measured."""
     if size not in SIZES:
         fail(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
     if dtype not in ("auto", "float32", "bfloat16", "int8"):
         fail(f"--dtype must be auto, float32, bfloat16 or int8, got {dtype!r}")
-    for name in ("batch", "length", "steps", "decode_batch", "decode_len", "plan_tokens", "plan_devices"):
-        if globals()[name] < 1:
-            fail(f"--{name} must be at least 1, got {globals()[name]}")
-    if vocab_size < 4:
-        fail(f"--vocab_size must be at least 4, got {vocab_size}")
-    dev = find_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    cuda = dev.type == "cuda"
-    sync = torch.cuda.synchronize if cuda else lambda: None
+    for name, default in settings.items():
+        value = globals()[name]
+        least = LEAST.get(name, 1)
+        if type(default) in (int, float) and not least <= value <= 1e15:
+            fail(f"--{name} must be from {least} to 1e15, got {value}")
+    if plan and "RANK" in os.environ:
+        fail("--plan=True measures one process: start it without torchrun")
+
+# ---- What a step costs, and what the machine can do -------------------------
+
+def flops(config, n_src, n_tgt, S, T):
+    """FLOPs of forward and backward for n_src and n_tgt real ids, in sentences of mean length S, T.
+
+    An id that passes a weight costs two: a product and a sum. The backward pass costs twice as much
+    as the forward pass, so a weight costs six. Norms, softmax and the like are left out.
+    """
+    D = config.d_model
+    attention = 4 * D**2                        # weights of one attention: query, key, value, out
+    ffn = 2 * D * config.d_ff
+
+    # The keys and values of cross-attention, half of its weights, are computed for source ids.
+    src_weights = config.n_encoder_layers * (attention + ffn)
+    src_weights += config.n_decoder_layers * attention / 2
+    tgt_weights = config.n_decoder_layers * (1.5 * attention + ffn)
+    tgt_weights += D * config.vocab_size        # the output matrix; looking up an embedding is free
+
+    # Scores and averages: each id meets every other one twice, D wide. A target id meets only the
+    # ids before it, on average half of them.
+    src_meetings = config.n_encoder_layers * 12 * S * D
+    tgt_meetings = config.n_decoder_layers * (6 * T + 12 * S) * D
+
+    return n_src * (6 * src_weights + src_meetings) + n_tgt * (6 * tgt_weights + tgt_meetings)
+
+def peak_memory(device):
+    """Bytes that this process has had at most, on the GPU or in all. 0: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak
+    return 1024 * peak                          # elsewhere it comes in kilobytes
+
+# ---- What is compared -------------------------------------------------------
+
+class TorchTransformer(nn.Module):
+    """torch.nn.Transformer with what it lacks, embeddings and masks, as its documentation suggests.
+
+    Its methods are those of transformer.Transformer, so that train.Loss can train both.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.d_model
+        self.embedding = nn.Embedding(config.vocab_size, D)
+        nn.init.normal_(self.embedding.weight, 0, D**-0.5)
+        self.core = nn.Transformer(
+            D,
+            config.n_heads,
+            config.n_encoder_layers,
+            config.n_decoder_layers,
+            config.d_ff,
+            config.dropout,
+            batch_first=True,
+            norm_first=True,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def embed(self, ids):
+        """(B, T) -> (B, T, D)"""
+        D = self.embedding.embedding_dim
+        x = self.embedding(ids) * D**0.5
+        positions = torch.arange(ids.size(1), device=ids.device)
+        return self.dropout(x + sinusoids(positions, D).to(x.dtype))
+
+    def encode(self, src):
+        """(B, S) -> (B, S, D)"""
+        return self.core.encoder(self.embed(src), src_key_padding_mask=src == PAD)
+
+    def decode(self, tgt_in, memory, src):
+        """(B, T), (B, S, D), (B, S) -> (B, T, D)"""
+        T = tgt_in.size(1)
+        later = torch.ones(T, T, dtype=torch.bool, device=src.device).triu(1)
+        return self.core.decoder(
+            self.embed(tgt_in),
+            memory,
+            tgt_mask=later,                     # True is hidden: the opposite of this project
+            tgt_is_causal=True,
+            tgt_key_padding_mask=tgt_in == PAD,
+            memory_key_padding_mask=src == PAD,
+        )
+
+    def output(self, states):
+        """(..., D) -> logits (..., V)"""
+        return F.linear(states, self.embedding.weight)
+
+@torch.inference_mode()
+def greedy(model, src, n):
+    """n ids for each source, without a cache: every step computes the whole prefix again.
+
+    (B, S) -> (B, n)
+    """
+    ids = torch.full((len(src), 1), BOS, device=src.device)
+    memory = model.encode(src)
+    for _ in range(n):
+        states = model.decode(ids, memory, src)
+        logits = model.output(states[:, -1:])
+        best = logits[..., EOS:].argmax(-1) + EOS           # never PAD or BOS
+        ids = torch.cat((ids, best), 1)
+    return ids[:, 1:]
+
+def random_batch():
+    """Sentence pairs of random words. -> src (batch, length), tgt (batch, 1 + length) after BOS"""
+    shortest = max(1, length // 2)
+    lengths = torch.randint(shortest, length + 1, (batch,))
+    real = torch.arange(length) < lengths[:, None]
+    src = torch.randint(EOS + 1, vocab_size, (batch, length)).where(real, PAD)
+    tgt_out = torch.randint(EOS + 1, vocab_size, (batch, length)).where(real, PAD)
+    start = torch.full((batch, 1), BOS)
+    return src, torch.cat((start, tgt_out), 1)
+
+# ---- Measuring --------------------------------------------------------------
+
+def timed(call, n, warmup, limit):
+    """Median seconds of n calls after warmup others, of fewer if limit seconds end before."""
+    times = []
+    for i in range(-warmup, n):
+        if sum(times) >= limit:
+            break
+        start = time.perf_counter()
+        call()
+        if torch.accelerator.is_available():    # a GPU is still at work when the call returns
+            torch.accelerator.synchronize()
+        if i >= 0:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+def matmul_rate(device, dtype):
+    """FLOP/s of large square matrix products on this device, measured: the ceiling of any step."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    took = timed(partial(torch.matmul, a, b), 100, 2, 0.2)
+    return 2 * n**3 / took
+
+def training_step(loss_fn, optimizer, src, tgt, numbers):
+    """Forward, loss, backward, Adam."""
+    with torch.autocast(src.device.type, torch.bfloat16, enabled=numbers == "bfloat16"):
+        loss, _ = loss_fn(src, tgt)
+    n_tgt = (tgt[:, 1:] != PAD).sum()
+    (loss / n_tgt).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+def time_training(loss_fn, src, tgt, numbers, limit):
+    """Median seconds of a training step in "float32" or "bfloat16"."""
+    optimizer = torch.optim.Adam(loss_fn.parameters(), 1e-4, (0.9, 0.98), 1e-9, fused=True)
+    step = partial(training_step, loss_fn, optimizer, src, tgt, numbers)
+    return timed(step, steps, 2, limit)
+
+def own_loss(config, device):
+    """This model, new, in the module that train.py trains, compiled if the setting says so."""
+    loss_fn = Loss(Transformer(config).to(device), 0.1)
+    if compile:
+        loss_fn.compile_parts()
+    return loss_fn
+
+def add_row(table, what, took, n_ids, ideal=None):
+    """Prints a row and adds it to the table. took: seconds for n_ids real ids.
+
+    ideal: the seconds that matrix products of as many FLOPs take, where their number is known.
+    ideal / took is the model FLOPs utilization, MFU.
+    """
+    speed = n_ids / took
+    share = None
+    mfu = ""
+    if ideal:
+        share = ideal / took
+        mfu = f"{share:.0%}"
+    print(f"{what:<50}{speed:>12,.0f}{1e3 * took:>12,.1f}{mfu:>7}", flush=True)
+    table.append({
+        "what": what,
+        "tokens_per_second": speed,
+        "ms": 1e3 * took,
+        "share_of_matmul_rate": share,
+    })
+
+# ---- The three questions. Each adds to the table and returns keys of the JSON object ----
+
+def compare(table, config, src, tgt, numbers, n_ids, ideal, fast):
+    """This model beside torch.nn.Transformer. fast: seconds of this model's training step.
+
+    Where this model has bfloat16, the reference is timed in it too. Narrow types don't win
+    everywhere, so the better time of the reference counts.
+    """
+    precisions = sorted({"float32", numbers}, reverse=True)    # one or two
+    reference = TorchTransformer(config).to(src.device)
+    loss_fn = Loss(reference, 0.1)
+    slow = math.inf
+    for precision in precisions:
+        took = time_training(loss_fn, src, tgt, precision, seconds)
+        add_row(table, f"train, torch.nn.Transformer, {precision}", took, n_ids, ideal)
+        slow = min(slow, took)
+    found = {"train_speedup": slow / fast}
+
+    # One sentence without padding, many times, and every translation of the same length.
+    source = src[:1, :24].clamp(min=EOS + 1).repeat(decode_batch, 1)
+    n_ids = decode_batch * decode_len
+    reference.eval()
+    slow = math.inf
+    for precision in precisions:
+        reference.to(getattr(torch, precision))
+        took = timed(partial(greedy, reference, source, decode_len), 1, 1, seconds)
+        add_row(table, f"decode, greedy, torch.nn.Transformer, {precision}", took, n_ids)
+        slow = min(slow, took)
+
+    if dtype == "int8" and has_int8(src.device):
+        numbers = "int8"
+    model = Transformer(config).to(src.device)
+    model = for_inference(model, numbers)
+    search = partial(beam_search, model, source, max_len=decode_len, min_len=decode_len)
+    for beam_size in (1, 4):
+        took = timed(partial(search, beam_size=beam_size), 3, 1, seconds)
+        add_row(table, f"decode, beam {beam_size}, this model, {numbers}", took, n_ids)
+        found[f"decode_speedup_beam_{beam_size}"] = slow / took
+
+    found["peak_memory_bytes"] = peak_memory(src.device)
+    print("""
+training {train_speedup:.1f}x, decoding with beam 1 {decode_speedup_beam_1:.1f}x as fast
+as torch.nn.Transformer, run as its documentation shows, not compiled, in the better of its rows
+peak memory {peak_memory_bytes:,} bytes""".format_map(found))
+    return found
+
+def compare_processes(table, config, src, tgt, numbers, n_ids, ideal, alone):
+    """The same step on all processes together, each with a batch like this.
+
+    alone: seconds of the step on rank 0, while the others wait here. Afterwards nothing holds the
+    DistributedDataParallel module.
+    """
+    dist.barrier()
+    loss_fn = nn.parallel.DistributedDataParallel(own_loss(config, src.device))
+    # All must take equally many steps, so the clock of one process can't end the row.
+    together = time_training(loss_fn, src, tgt, numbers, math.inf)
+    if dist.get_rank() != 0:
+        return {}
+
+    world = dist.get_world_size()
+    add_row(table, f"the same on {world} processes", together, n_ids * world, ideal)
+    efficiency = alone / together
+    n_bytes = sum(4 * p.numel() for p in loss_fn.parameters())
+    print(f"\nscaling efficiency {efficiency:.0%}; all-reduce: {n_bytes / 1e6:,.1f} MB a step")
+    return {"scaling_efficiency": efficiency, "all_reduce_bytes": n_bytes}
+
+def plan_run(n, took, n_ids, step_flops, peak):
+    """What a run of plan_tokens costs.
+
+    n: weights. took: seconds of a step. n_ids: ids in it. peak: bytes of memory it needed.
+    """
+    n_steps = plan_tokens / n_ids
+    work = step_flops * n_steps
+    hours = took * n_steps / plan_devices / 3600
+    all_reduce = 4 * n if plan_devices > 1 else 0
+    print(f"""
+{plan_tokens:,.0f} ids; devices like this one: {plan_devices:,}, if what connects them keeps up
+  {n:,} parameters, {work:.3g} FLOPs, {hours:,.1f} hours
+  model.pt {4 * n / 1e6:,.0f} MB; last.pt {12 * n / 1e6:,.0f} MB: weights and Adam's two moments
+    (and as much as model.pt for each of --average_last)
+  memory of a device: {16 * n / 1e9:.2f} GB for weights, gradients and moments
+    (with everything else, this process had {peak / 1e9:.2f} GB)
+  all-reduce: {all_reduce / 1e6:,.0f} MB a step""")
+    return {
+        "parameters": n,
+        "flops": work,
+        "hours": hours,
+        "model_pt_bytes": 4 * n,
+        "last_pt_bytes": 12 * n,
+        "state_bytes_per_device": 16 * n,
+        "measured_peak_bytes": peak,
+        "all_reduce_bytes_per_step": all_reduce,
+    }
+
+# ---- A run ------------------------------------------------------------------
+
+def start():
+    """Joins the other processes and sets torch up as train.py does. -> the device of this one"""
+    try:
+        here = find_device(device, local_rank)
+    except ValueError as error:
+        fail(str(error))
+    cuda = here.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(here)             # or every process would wait for the first GPU
+        torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for every length
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-        if not cuda:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(max(1, available_cores() // local_world))
     torch.set_float32_matmul_precision("high")
-    keep_freed_memory()                                 # torch.nn.Transformer gains by it as well
-    torch._dynamo.config.optimize_ddp = False
-    D, FF, H, N = SIZES[size]
-    wide = cuda or D >= 128                             # as in train.py: narrow matrices don't win back the casts
-    low = torch.bfloat16 if dtype == "bfloat16" or dtype != "float32" and has_bfloat16(dev) and wide else torch.float32
-    config = Config(vocab_size, d_model=D, d_ff=FF, n_heads=H, n_encoder_layers=N, n_decoder_layers=N, norm_first=True)
-    rate = matmul_rate(dev, low)
-    torch.manual_seed(seed)
-    lengths = torch.randint(max(1, length // 2), length + 1, (batch,))
-    real = torch.arange(length) < lengths[:, None]
-    src = torch.randint(EOS + 1, vocab_size, (batch, length)).where(real, PAD).to(dev)
-    tgt_out = torch.randint(EOS + 1, vocab_size, (batch, length)).where(real, PAD)
-    tgt = torch.cat((torch.full((batch, 1), BOS), tgt_out), 1).to(dev)
-    n_tokens = 2 * int(real.sum())
-    step_flops = flops(config, n_tokens // 2, n_tokens // 2, n_tokens / 2 / batch, n_tokens / 2 / batch)
-    rows = []
-    train = partial(time_training, src, tgt, low != torch.float32)
-    row = partial(add_row, rows, rate)
-    half = str(low).removeprefix("torch.")
-    if rank == 0:
-        gpu = torch.cuda.get_device_name(dev) if cuda else f"{torch.get_num_threads()} threads"
-        print(f"{size}: {D}/{FF}/{H}/{N}+{N}, {vocab_size:,} words; {n_tokens:,} real ids a step, "
-              f"{1 - n_tokens / 2 / real.numel():.0%} padding\n{dev} ({gpu}), torch {torch.__version__}, "
-              f"{rate / 1e12:.3f} TFLOP/s in {half} matrix products, world {world}\n")
+    keep_freed_memory()                 # torch.nn.Transformer gains by this as well
+    warnings.filterwarnings("ignore", "enable_nested_tensor")   # about a way that isn't taken here
+    return here
 
-    result = {"size": size, "device": str(dev), "torch": torch.__version__, "world": world,
-              "matmul_tflops": rate / 1e12, "rows": rows}
+def choose_numbers(device, d_model):
+    """What this model trains in: "float32" or "bfloat16", as train.py does by default."""
+    if dtype in ("float32", "bfloat16"):
+        return dtype
+    # On a CPU, narrow matrices don't win back the casts.
+    wide = device.type == "cuda" or d_model >= 128
+    if wide and has_bfloat16(device):
+        return "bfloat16"
+    return "float32"
+
+def main():
+    check_settings()
+    here = start()
+
+    D, d_ff, n_heads, n_layers = SIZES[size]
+    numbers = choose_numbers(here, D)
+    config = Config(vocab_size, D, n_heads, d_ff, n_layers, n_layers, norm_first=True)
     torch.manual_seed(seed)
-    model = Transformer(config).to(dev)
+    src, tgt = random_batch()
+    n_src = int((src != PAD).sum())             # and as many target ids
+    n_ids = 2 * n_src
+    src = src.to(here)
+    tgt = tgt.to(here)
+    step_flops = flops(config, n_src, n_src, n_src / batch, n_src / batch)
+    rate = matmul_rate(here, getattr(torch, numbers))
+    ideal = step_flops / rate
+
+    if rank == 0:
+        print(f"""{size}: {D}/{d_ff}/{n_heads}/{n_layers}+{n_layers}, {vocab_size:,} words
+{n_ids:,} real ids in a step, {1 - n_src / src.numel():.0%} padding
+{here}, {torch.get_num_threads()} threads, torch {torch.__version__}, processes: {world}
+{rate / 1e12:.3f} TFLOP/s in matrix products, {numbers}; MFU is the share of it that a step makes
+
+{'':50}{'ids/s':>12}{'ms':>12}{'MFU':>7}""", flush=True)
+
+    # This model's training step, on one process. Any others wait in compare_processes.
+    table = []
+    took = 0.0
+    if rank == 0:
+        loss_fn = own_loss(config, here)
+        n_weights = sum(p.numel() for p in loss_fn.parameters())
+        took = time_training(loss_fn, src, tgt, numbers, seconds)
+        del loss_fn
+        how = ", compiled" if compile else ""
+        add_row(table, f"train, this model, {numbers}{how}", took, n_ids, ideal)
+
     if world > 1:
-        # The same process with the same threads, first alone, then all together.
-        alone = train(model, compile, sync) if rank == 0 else 0.0
-        dist.barrier()
-        together = train(Transformer(config).to(dev), compile, sync, parallel=True)
-        if rank == 0:
-            row("train, one process", alone, n_tokens, step_flops)
-            row(f"train, {world} processes", together, n_tokens * world, step_flops)
-            n_bytes = 4 * sum(p.numel() for p in model.parameters())
-            print(f"scaling efficiency {alone / together:.0%}; one all-reduce of {n_bytes / 1e6:,.1f} MB a step")
-            result |= {"scaling_efficiency": alone / together, "all_reduce_bytes": n_bytes}
-        dist.barrier()
+        found = compare_processes(table, config, src, tgt, numbers, n_ids, ideal, took)
+        # gloo may abort a process that still has a DistributedDataParallel when the group ends.
+        gc.collect()
         dist.destroy_process_group()
     elif plan:
-        seconds = train(model, compile, sync)
-        row(f"train, this model, {half}{', compiled' if compile else ''}", seconds, n_tokens, step_flops)
-        n = sum(p.numel() for p in model.parameters())
-        peak = peak_memory(cuda)
-        hours = seconds / n_tokens * plan_tokens / plan_devices / 3600
-        cost = {"parameters": n, "flops": step_flops / n_tokens * plan_tokens, "hours": hours, "model_pt_bytes": 4 * n,
-                "last_pt_bytes": 12 * n, "state_bytes_per_device": 16 * n, "measured_peak_bytes": peak,
-                "all_reduce_bytes_per_step": 4 * n if plan_devices > 1 else 0}
-        print(f"\n{plan_tokens:,.0f} ids on {plan_devices} such device{'s' * (plan_devices > 1)}, if wires keep up:\n"
-              f"  {n:,} parameters, {cost['flops']:.3g} FLOPs, {hours:,.1f} hours\n"
-              f"  model.pt {4 * n / 1e6:,.0f} MB, last.pt {12 * n / 1e6:,.0f} MB (weights and Adam's two moments), "
-              f"and as much as model.pt for each of --average_last\n  memory: {16 * n / 1e9:.2f} GB a device for "
-              f"weights, gradients and moments; {peak / 1e9:.2f} GB in all here\n"
-              f"  all-reduce: {cost['all_reduce_bytes_per_step'] / 1e6:,.0f} MB a step")
-        result |= cost
+        found = plan_run(n_weights, took, n_ids, step_flops, peak_memory(here))
     else:
-        reference = TorchTransformer(config).to(dev)
-        slow = time_training(src, tgt, False, reference, False, sync)
-        row("train, torch.nn.Transformer, float32", slow, n_tokens, step_flops)
-        fast = train(model, compile, sync)
-        row(f"train, this model, {half}{', compiled' if compile else ''}", fast, n_tokens, step_flops)
-        result["train_speedup"] = slow / fast
-        source = src[:1, :24].repeat(decode_batch, 1).clamp(min=EOS + 1)
-        generated = decode_batch * decode_len
-        numbers = "int8" if dtype == "int8" and has_int8(dev) else half
-        model, reference = for_inference(Transformer(config).to(dev), numbers), reference.eval()
-        slow = timed(lambda: greedy(reference, source, decode_len), 1, sync, 1)
-        row("greedy, torch.nn.Transformer, no cache, float32", slow, generated)
-        for beam in (1, 4):
-            decode = lambda: beam_search(model, source, beam, max_len=decode_len, min_len=decode_len)
-            fast = timed(decode, 3, sync, 1)
-            row(f"{'greedy' if beam == 1 else 'beam 4'}, this model, {numbers}", fast, generated)
-            result[f"decode_speedup_beam_{beam}"] = slow / fast
-        peak = result["peak_memory_bytes"] = peak_memory(cuda)
-        print(f"\ntraining {result['train_speedup']:.1f}x, greedy decoding {result['decode_speedup_beam_1']:.1f}x "
-              f"torch.nn.Transformer; peak memory {peak / 1e9:.2f} GB")
+        found = compare(table, config, src, tgt, numbers, n_ids, ideal, took)
+
     if rank == 0:
-        print(json.dumps(result))
+        result = {
+            "size": size,
+            "device": str(here),
+            "torch": torch.__version__,
+            "world": world,
+            "matmul_tflops": rate / 1e12,
+            "rows": table,
+        }
+        print(json.dumps(result | found))
 
 if __name__ == "__main__":
     globals().update(override(settings, sys.argv[1:], __file__))
     try:
         main()
-    except (ValueError, torch.OutOfMemoryError) as error:
-        fail(str(error).splitlines()[0])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError as error:
+        # A CPU says so in an ordinary RuntimeError, and a GPU in other words.
+        text = str(error)
+        if "memory" not in text or "allocate" not in text:
+            raise
+        fail(f"out of memory: lower --batch={batch} or --length={length}, or take a smaller --size")

@@ -263,7 +263,7 @@ class Transformer(nn.Module):
         if config.tied_output:
             self.output.weight = self.embedding.weight                  # the same tensor: one gradient, one update
         self.learned_src, self.learned_tgt = (nn.Embedding(n, D) if n else None for n in [config.learned_positions] * 2)
-        self.dropout = nn.Dropout(config.dropout)
+        self.src_dropout, self.tgt_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_decoder_layers))
         # A post-norm layer ends in a norm, so the paper's stacks need no other. A pre-norm layer ends in a sum.
@@ -284,19 +284,20 @@ class Transformer(nn.Module):
                 weight.zero_()                                          # what is left are norm weights: ones already
 
     def embed(self, ids, embedding, learned, start=0):
-        """Embedding · √D + position, then dropout; the first position is `start`. §3.4, §3.5. (B, T) -> (B, T, D)"""
+        """Embedding · √D + position; the first position is `start`. §3.4, §3.5. (B, T) -> (B, T, D)"""
         end = start + ids.size(1)
         if learned is not None and end > learned.num_embeddings:
             raise ValueError(f"expected at most the {learned.num_embeddings} positions learned, got {end}")
         positions = torch.arange(start, end, device=ids.device)
         encoding = sinusoids(positions, self.config.d_model) if learned is None else learned(positions)
         x = embedding(ids) * math.sqrt(self.config.d_model)
-        return self.dropout(x + encoding.to(x.dtype))
+        return x + encoding.to(x.dtype)
 
     def encode(self, src):
         """The source, every token in the light of all others: the decoder's memory. (B, S) -> (B, S, D)"""
         mask = (src != PAD)[:, None, None, :]                           # (B, 1, 1, S): no query may look at padding
         x = self.embed(src, self.src_embedding, self.learned_src)       # (B, S, D)
+        x = self.src_dropout(x)                                         # §5.4: of the sums, too
         for layer in self.encoder:
             x = layer(x, mask)                                          # (B, S, D)
         return self.encoder_norm(x).masked_fill((src == PAD)[..., None], 0.0)
@@ -305,6 +306,7 @@ class Transformer(nn.Module):
         """Target states, each made of memory and of what precedes it. (B, T), (B, S, D), (B, S) -> (B, T, D)"""
         memory_mask = (src != PAD)[:, None, None, :]                    # (B, 1, 1, S)
         x = self.embed(tgt_in, self.embedding, self.learned_tgt)        # (B, T, D)
+        x = self.tgt_dropout(x)
         for layer in self.decoder:
             memory_kv = layer.cross_attn.keys_values(memory)            # (B, H, S, K) twice
             x = layer(x, memory_kv, memory_mask)                        # (B, T, D)
@@ -729,6 +731,9 @@ def read_checkpoint(path):
 def load(path, device="cpu"):
     """Reads what `save` wrote. -> (model in eval mode, tokenizer or None). Raises ValueError, one line, if it can't."""
     checkpoint = read_checkpoint(path)
+    if isinstance(checkpoint, dict) and "optimizers" in checkpoint:
+        other = os.path.join(os.path.dirname(path), "model.pt")
+        raise ValueError(f"{path} is for resuming a training; the model to use is {other}")
     try:
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT!r}, got {checkpoint['format']!r}")
@@ -926,6 +931,8 @@ def override(settings, argv, path):
             fail(f"--{name} needs a value, as in --{name}={settings[name]}")
         try:
             given[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
+            if kind is str:                             # "~" is the home folder, in every path
+                given[name] = os.path.expanduser(value)
         except (KeyError, ValueError):
             what = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
             fail(f"--{name} must be {what}, got {value!r}")
@@ -948,6 +955,7 @@ def main(*,
         return tour()
     if batch_tokens < 1 or max_src < 1 or not 1 <= n_best <= beam_size or not -1 <= length_penalty <= 10:
         fail("expected batch_tokens, max_src >= 1; 1 <= n_best <= beam_size; and -1 <= length_penalty <= 10")
+    torch.backends.cuda.enable_cudnn_sdp(False)         # it makes a new plan for every new shape: at every step
     try:
         model, tokenizer = load(checkpoint, device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         model = for_inference(model, dtype)
