@@ -170,20 +170,22 @@ def run_all(*jobs):
         return [future.result() for future in futures]
 
 
-def copying(folder):
-    return run("train.py", f"--out_dir={folder}")
+EARLY = {}
 
 
-# Runs that take long: part of a test's name, and a function that gets an empty folder.
-EARLY = {"copying": copying}
+def begins_early(job):
+    """Marks a function of an empty folder whose runs take long, named after the test they are for.
+
+    They start with the first test of a session, one after the other, beside the tests, and the last
+    tests judge them: so two cores are busy. What no selected test needs is not started.
+    """
+    EARLY[job.__name__] = job
+    return job
 
 
 @pytest.fixture(scope="session", autouse=True)
 def early(request, tmp_path_factory):
-    """Starts the runs that take long, one after the other, at the first test of a session.
-
-    Tests near the end judge them. A run that no selected test asks for is not started.
-    """
+    """The name of such a function -> the future of what it returns."""
     tests = " ".join(item.name for item in request.session.items)
     futures = {}
     with ThreadPoolExecutor(1) as pool:
@@ -1522,10 +1524,9 @@ def test_preparing_reads_no_further_ahead_than_a_few_parts(settings, monkeypatch
     assert list(parts) == [100, 100, 50]
 
 
-def test_what_is_linuxs_own_has_a_plain_way_beside_it(tmp_path, settings, monkeypatch):
-    settings(fcntl=None)
-    files = [train.lock(tmp_path) for _ in range(2)]
-    assert len(files) == 2
+def test_what_is_linuxs_own_has_a_plain_way_beside_it(tmp_path, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    output(here("train.py", *PLAIN, *NARROW, "--max_steps=1", f"--out_dir={tmp_path}"))
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert train.available_cores() >= 1
     for error in (OSError, AttributeError, TypeError):
@@ -1713,13 +1714,11 @@ def check_compiled_step():
         assert y.max().item() == approx(1 / (1 - p), abs=1e-3)
 
 
+@begins_early
 def compiled_step(folder):
     """In a process of its own: it changes settings of the compiler, and takes a while."""
     script = f"import {__name__} as tests; tests.check_compiled_step()"
     return run("-c", script, env=os.environ | {"SEED": str(SEED)})
-
-
-EARLY["compiled_step"] = compiled_step
 
 
 def test_the_compiled_step_has_the_right_gradient_and_few_graphs(early):
@@ -1761,19 +1760,16 @@ def log_of(folder):
     return [json.loads(line) for line in lines]
 
 
-def test_two_processes_are_two_micro_batches(tmp_path):
-    one = tmp_path / "one"
-    two = tmp_path / "two"
-    args = f"{TINY} --dropout=0.1"
-    _, printed = succeed(
-        trainer(one, f"{args} --accumulate=2"),
-        script(f"{TORCHRUN} train.py {args} --out_dir={two}"),
-    )
-    assert printed.count("exact-sequence accuracy") == 1        # rank 0 alone speaks
-    for x, y in zip(log_of(one), log_of(two), strict=True):
-        if "loss" in x:
-            assert x["loss"] == approx(y["loss"], rel=1e-4)
-            assert x["grad_norm"] == approx(y["grad_norm"], rel=1e-3)
+@begins_early
+def mistakes_are_explained(folder):
+    torchrun = f"{TORCHRUN} --max-restarts=0"
+    return script(f"{torchrun} train.py --out_dir={folder} --n_heads=3")()
+
+
+def test_mistakes_are_explained_on_two_processes_too(early):
+    result = early["mistakes_are_explained"].result()
+    assert result.returncode
+    assert re.search("^error: .*divisible", result.stderr, re.M)
 
 
 LEARNING = """
@@ -1785,12 +1781,18 @@ SAID = ["parameters", "validation", "BLEU", "mean of the last 2", "--checkpoint=
 LOGGED = {"step", "loss", "nll", "learning_rate", "grad_norm", "tokens_per_second"}
 
 
-def test_text_to_translator(tmp_path):
-    src, tgt = write_corpus(tmp_path, 2000)
-    val_src, val_tgt = write_corpus(tmp_path, 20, "val")
+@begins_early
+def text_to_translator(folder):
+    src, tgt = write_corpus(folder, 2000)
+    val_src, val_tgt = write_corpus(folder, 20, "val")
     texts = f"--src={src} --tgt={tgt} --val_src={val_src} --val_tgt={val_tgt}"
-    out = tmp_path / "out"
+    out = folder / "out"
     [printed] = succeed(trainer(out, f"{texts} {LEARNING}"))
+    return out, printed
+
+
+def test_text_to_translator(early):
+    out, printed = early["text_to_translator"].result()
     path = str(out / "model.pt")
     alpha = transformer.read_checkpoint(path)["length_penalty"]     # the best in validation
     assert alpha in (0.6, 1.0, 1.4)
@@ -1823,12 +1825,16 @@ def test_the_readmes_commands():
         assert set(re.findall(r"--(\w+)=", command)) <= set(train.settings)
 
 
+@begins_early
+def copying_is_learnt(folder):
+    [printed] = succeed(trainer(folder, ""))
+    return folder, printed
+
+
 def test_copying_is_learnt_within_a_minute(early):
-    result = early["copying"].result()
-    folder = result.args[-1].removeprefix("--out_dir=")
-    assert result.returncode == 0, result.stderr
-    assert "unseen sequences: 100.0%" in result.stdout
-    assert f"{folder}/model.pt" in result.stdout
+    folder, printed = early["copying_is_learnt"].result()
+    assert "unseen sequences: 100.0%" in printed
+    assert f"{folder}/model.pt" in printed
     assert log_of(folder)[-1]["accuracy"] == 1.0
 
 
@@ -1838,12 +1844,16 @@ bench.py --size=copy --batch=4 --length=8 --vocab_size=20 --steps=1 --compile=Fa
 """
 
 
-def test_bench_prints_a_table_and_json(mistake):
-    printed = succeed(
-        script(SHORT),
-        script(f"{SHORT} --plan=True --plan_tokens=1e6"),
-        script(f"{TORCHRUN} {SHORT}"),
-    )
+@begins_early
+def bench_prints_a_table(folder):
+    printed = []
+    for more in ("", "--plan=True --plan_tokens=1e6"):
+        printed += succeed(script(f"{SHORT} {more}"))
+    return printed + succeed(script(f"{TORCHRUN} {SHORT}"))
+
+
+def test_bench_prints_a_table_and_json(early, mistake):
+    printed = early["bench_prints_a_table"].result()
     compared, planned, two = [json.loads(text.splitlines()[-1]) for text in printed]
     speeds = [row["tokens_per_second"] for row in compared["rows"]]
     assert len(speeds) == 5
@@ -1940,11 +1950,16 @@ def kill(folder, kind):
     return True
 
 
-def test_hard_kills_lose_nothing(tmp_path, mistake):
-    """Killed at random moments, politely and not, a run ends like the one that nobody touched."""
-    whole = tmp_path / "whole"
-    folder = tmp_path / "parts"
+@begins_early
+def hard_kills(whole):
     succeed(trainer(whole, LONG))
+    return whole
+
+
+def test_hard_kills_lose_nothing(tmp_path, early, mistake):
+    """Killed at random moments, politely and not, a run ends like the one that nobody touched."""
+    whole = early["hard_kills"].result()
+    folder = tmp_path / "parts"
     kinds = [signal.SIGTERM, signal.SIGINT] + [signal.SIGKILL] * KILLS
     random.shuffle(kinds)
     for kind in kinds:
@@ -1956,18 +1971,27 @@ def test_hard_kills_lose_nothing(tmp_path, mistake):
     assert "d_model" in mistake("train.py", "--resume=True", "--d_model=64", f"--out_dir={folder}")
 
 
-def test_torchrun_restarts_a_dead_rank_and_nothing_changes(tmp_path):
-    whole = tmp_path / "whole"
-    parts = tmp_path / "parts"
-    command = f"{TORCHRUN} train.py {TINY} --max_steps=40 --out_dir="
-    succeed(script(command + str(whole)))
-    process = start(f"{sys.executable} {command}{parts}")
+RESTARTED = f"{TORCHRUN} train.py {TINY} --max_steps=40"
+
+
+@begins_early
+def torchrun_restarts_a_dead_rank(folder):
+    whole = folder / "whole"
+    parts = folder / "parts"
+    succeed(script(f"{RESTARTED} --out_dir={whole}"))
+    process = start(f"{sys.executable} {RESTARTED} --out_dir={parts}")
     wait_for(process, "step      4")
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(random.choice(ranks)), signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "resumed" in out
+    return whole, parts, out
+
+
+def test_torchrun_restarts_a_dead_rank_and_nothing_changes(early):
+    whole, parts, printed = early["torchrun_restarts_a_dead_rank"].result()
+    assert "resumed" in printed
+    assert printed.count("exact-sequence accuracy") == 1        # rank 0 alone speaks
     same_run(whole, parts)
 
 
@@ -2061,19 +2085,25 @@ def test_bad_numbers_stop_the_run_before_the_weights(tmp_path):
         assert weight.isfinite().all()
 
 
-def test_a_step_that_overflows_is_taken_by_no_optimizer(tmp_path):
-    succeed(trainer(tmp_path, f"{TINY} --dtype=float16"))
+@begins_early
+def step_that_overflows(folder):
+    succeed(trainer(folder, f"{TINY} --dtype=float16"))
     # The same function as before, but now the gradient of w2, a matrix of Muon's, overflows.
-    path = tmp_path / "last.pt"
+    path = folder / "last.pt"
     state = transformer.read_checkpoint(path)
     for name, factor in (("w1.weight", 2000), ("w1.bias", 2000), ("w2.weight", 1 / 2000)):
         state["model"][f"decoder.0.ffn.{name}"] *= factor
     transformer.write_atomically(path, state)
-    succeed(trainer(tmp_path, "--resume=True --max_steps=20"))
-    skipped = [line["skipped"] for line in log_of(tmp_path) if "skipped" in line]
+    succeed(trainer(folder, "--resume=True --max_steps=20"))
+    return folder
+
+
+def test_a_step_that_overflows_is_taken_by_no_optimizer(early):
+    folder = early["step_that_overflows"].result()
+    skipped = [line["skipped"] for line in log_of(folder) if "skipped" in line]
     assert skipped[:7] == [0, 0, 0, 0, 0, 0, 1]
     assert skipped[-1] < 14
-    state = transformer.read_checkpoint(path)
+    state = transformer.read_checkpoint(folder / "last.pt")
     for weight in state["model"].values():
         assert weight.isfinite().all()
     for moments in state["optimizers"][0]["state"].values():
@@ -2243,11 +2273,13 @@ def test_the_number_of_processes_does_not_change_the_run(tmp_path, here, monkeyp
     output(here("train.py", *go_on, "--max_steps=13"))
     processes(2, *go_on, "--max_steps=20")
     output(here("train.py", *args, f"--out_dir={alone}"))
-    want = logged(alone, "loss")
-    assert len(want) == 20
-    for (step, loss), (same_step, same_loss) in zip(logged(shared, "loss"), want, strict=True):
-        assert step == same_step
-        assert loss == approx(same_loss, rel=1e-3), step
+    # Muon's products are in bfloat16: they carry a rounding on, and the gradient shows it first.
+    for name, n in (("loss", 20), ("grad_norm", 6)):
+        want = logged(alone, name)
+        got = logged(shared, name)
+        assert [step for step, _ in got] == list(range(1, 21))
+        values = [value for _, value in got[:n]]
+        assert values == approx([value for _, value in want[:n]], rel=1e-3), name
 
     # Nothing was validated twice where one process took over from four, and two from one.
     assert [step for step, _ in logged(shared, "val_nll")] == [7, 13, 20]
@@ -2282,14 +2314,14 @@ def test_resuming_needs_no_settings_and_refuses_what_makes_another_run(tmp_path,
     before = (out / "last.pt").stat()
     (tmp_path / "text").rename(tmp_path / "moved")
     said = output(here(*go_on, *named(tmp_path / "moved")))
-    assert "counts no more" not in said
+    assert "no longer counts" not in said
     assert (out / "last.pt").stat() == before
     other = write_text(tmp_path / "other")
     assert "another text" in one_line_error(here(*go_on, *other))
     other_val = named(tmp_path / "other", prefix="val_")
     moved = named(tmp_path / "moved")
     said = output(here(*go_on, *moved, *other_val, "--max_steps=7"))
-    assert "so the best score so far counts no more" in said
+    assert "so the best score so far no longer counts" in said
 
     # A new run in this folder keeps what the old one left.
     old = {name: (out / name).read_bytes() for name in ("model.pt", "last.pt", "log.jsonl")}
@@ -2432,7 +2464,7 @@ CHAR_BLEU = [
 
 @pytest.mark.parametrize("hypotheses, references, score", CHAR_BLEU)
 def test_bleu_of_characters_is_sacrebleus(hypotheses, references, score):
-    assert train.bleu(hypotheses, references, train.words_char) == approx(score)
+    assert train.bleu(hypotheses, references, train.WORDS["char"]) == approx(score)
 
 
 # ---- settings and the machine ----------------------------------------------------

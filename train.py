@@ -9,17 +9,18 @@ Training a Transformer: Section 5 of the paper.
 It writes out_dir/model.pt (to use), out_dir/last.pt (to resume from) and out_dir/log.jsonl.
 Every setting below can be overridden as --name=value. --help prints them.
 
-A run has no state but what last.pt holds: the weights, the optimizers and the number of the step.
-Step n follows from these, from the settings, the seed and n. Its batches come from (seed, epoch);
-the random numbers of its micro-batch j come from (seed, n, j), whichever process computes it. So a
-run that was killed ends like one that was not, and the number of processes changes nothing. To
-stop a run, kill it: last.pt is replaced every checkpoint_interval steps, and --resume=True goes on.
+All that a run carries from step to step is in last.pt: the weights, the optimizers, the number of
+the step, and what it knows of validation. Step n follows from these, the settings, the seed and n:
+its batches come from (seed, epoch), the random numbers of its micro-batch j from (seed, n, j),
+whichever process computes it. So a run that was killed ends like one that was not, and with the
+same --accumulate the number of processes changes nothing but roundings. last.pt is replaced every
+checkpoint_interval steps. Ctrl-C saves it once more and stops; kill the run otherwise.
 """
 
 # ---- settings ---------------------------------------------------------------
 # The defaults train the copy task. With --src, a row of RECIPES below takes the place of what the
 # command line leaves open: a recipe for small texts and few hours, or the paper's.
-src = ""                    # source side of the training text, a sentence a line; "": the copy task
+src = ""                    # source side of the training text, one sentence per line; "": copy task
 tgt = ""                    # target side: line i is the translation of line i of src
 val_src = ""                # validation text, likewise; "": none
 val_tgt = ""                # and its target side
@@ -28,7 +29,7 @@ init_from = ""              # a model.pt to start from: its weights, sizes and t
 # text
 vocab_size = 11             # ids, both languages together; text: 3 specials, 256 bytes, and merges
 max_len = 16                # ids; pairs with a longer side are left out of training, and counted
-max_ratio = 5.0             # likewise if one side has over so many times the other's ids, plus 5
+max_ratio = 5.0             # likewise if a side has more than this many times the other's, plus 5
 bleu_tokenize = "13a"       # BLEU's words: 13a, as sacreBLEU; none, what stands between spaces;
                             # char, every character, for languages without spaces
 # model: as in transformer.Config
@@ -48,17 +49,17 @@ epochs = 0.0                # passes over the training pairs, if max_steps is 0
 learning_rate = 4e-3        # of Adam after warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
 muon = 5e-3                 # of Muon, for the matrices of the layers; 0: Adam for all, as the paper
 embedding_decay = 0.0       # AdamW's weight decay of the embeddings; 0: none, as in the paper
-warmup_steps = 50           # steps of linear rise; a recipe's are at most a tenth of the run
+warmup_steps = 30           # steps of linear rise; unless given, at most a tenth of the run
 decay = "linear"            # after warm-up: inverse_sqrt (§5.3), or linear, down to 0
-grad_clip = 1.0             # the gradient's largest norm; 0: any
-average_last = 1            # model.pt is the mean of so many checkpoints (§6.1: 5), if it is better
+grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
+average_last = 1            # model.pt is the mean of this many checkpoints (§6.1: 5), if better
 patience = 0                # stop after this many validations in a row that are no better; 0: never
 # evaluation
 log_interval = 50           # steps between progress lines
 eval_interval = 150         # steps between validations
 checkpoint_interval = 150   # steps between checkpoints
 beam_size = 4               # hypotheses for each sentence in the final BLEU (§6.1)
-length_penalty = -1.0       # its alpha, kept in model.pt; -1: the best of 0.6, 1.0 and 1.4
+length_penalty = -1.0       # its exponent, kept in model.pt; -1: the best of 0.6, 1.0 and 1.4
 # the machine
 seed = 1                    # of weights, batches and dropout
 device = "auto"             # cpu, cuda, cuda:1, mps; auto: cuda where there is one
@@ -67,7 +68,7 @@ compile = "auto"            # True, False; auto: where the run has steps enough 
 group_timeout = 600         # seconds of silence after which another process counts as lost
 resume = False              # go on from out_dir/last.pt, with the settings that stand in it
 # ---- end of settings --------------------------------------------------------
-KINDS = (bool, int, float, str)
+KINDS = (bool, int, float, str)         # read before there are any other globals than settings
 settings = {k: v for k, v in globals().items() if k[0] != "_" and type(v) in KINDS}
 
 import copy
@@ -119,7 +120,7 @@ PAPER = dict(
     learning_rate=0.0, muon=0.0, warmup_steps=4000, decay="inverse_sqrt", grad_clip=0.0,
     average_last=5, eval_interval=1000, checkpoint_interval=1000)
 
-# The first row whose size, in MB of text on both sides, is not below that of the training text.
+# The first row that the text fits into counts. The limits are MB of text, both sides together.
 RECIPES = {
     0.5: dict(SMALL, vocab_size=1000, dropout=0.2, batch_tokens=1024, epochs=120.0,
               eval_interval=100, checkpoint_interval=100),                       # 4,000 pairs
@@ -135,7 +136,7 @@ RECIPES = {
 # What fine-tuning takes instead: a trained model needs small steps, and few.
 FINE_TUNING = dict(learning_rate=1e-3, muon=2e-3, warmup_steps=100, max_steps=0, epochs=10.0)
 
-# Numbers are from 0 to a billion, but for these.
+# Allowed values. A number is from 0 to a billion, if nothing else is said here.
 FROM_ONE = [
     "max_len", "max_ratio", "batch_tokens", "warmup_steps", "average_last", "log_interval",
     "eval_interval", "checkpoint_interval", "beam_size", "group_timeout"]
@@ -150,8 +151,8 @@ SIZES = ("vocab_size", "d_model", "d_ff", "n_heads", "n_encoder_layers", "n_deco
 FIXED = (*SIZES, "batch_tokens", "accumulate", "seed", "max_len", "max_ratio", "embedding_decay")
 
 COMPILE_STEPS = 1000        # a run of fewer steps ends sooner without torch.compile
-DATA_VERSION = 1            # of the prepared text and
-STATE_VERSION = 1           # of last.pt: with another one, a file is not taken for what it is not
+DATA_VERSION = 1            # of the form of the prepared text
+STATE_VERSION = 1           # of the form of last.pt
 
 # This process among the others, as torchrun says it.
 rank = int(os.environ.get("RANK", "0"))
@@ -176,11 +177,6 @@ def progress(text):
     if time.time() - last_progress > 10:
         last_progress = time.time()
         say(text)
-
-
-def clock(seconds):
-    """h:mm:ss"""
-    return str(timedelta(seconds=int(seconds)))
 
 
 # ---- settings and the machine ------------------------------------------------
@@ -220,22 +216,6 @@ def recipe():
     return next(row for limit, row in RECIPES.items() if total <= limit)
 
 
-def read_state(path):
-    """What stands in last.pt. -> dict"""
-    state = read_checkpoint(path)
-    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-        fail(f"{path} is not a checkpoint that this train.py can resume from")
-    return state
-
-
-def known_settings(values):
-    """Those of a file's settings that this program has, with values of the right type. Where a run
-    writes to is not the file's to say."""
-    return {name: value for name, value in values.items()
-            if name in settings and type(value) is type(settings[name])
-            and name not in ("out_dir", "resume")}
-
-
 def refuse_changes(path, values, names, given):
     """Ends the run if the command line has one of these settings otherwise than path has it."""
     for name in names:
@@ -264,18 +244,6 @@ def find_device(name, local_rank=0):
         raise ValueError(f"--device={name} can't be used: {reason}") from None
 
 
-def find_dtype(dev):
-    """The torch.dtype of matrix products on that device."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    # Narrow matrices on a CPU don't win back the casts to bfloat16.
-    if has_bfloat16(dev) and (dev.type == "cuda" or d_model >= 128):
-        return torch.bfloat16
-    if dev.type == "cuda":
-        return torch.float16
-    return torch.float32
-
-
 def keep_freed_memory():
     """Asks glibc, where it is the C library, to keep large blocks that are freed. Otherwise each
     goes back to the system and comes again page by page, zeroed: 6% of a step."""
@@ -287,15 +255,11 @@ def keep_freed_memory():
         pass
 
 
-def doubled(x):
-    return x + x
-
-
 def why_not_compile(dev):
     """Compiles a function of one line, to see if that works here. -> the reason why not, or ""."""
     size = 1000 + time.time_ns() % 1_000_000        # a size that no cache of compiled code has seen
     try:
-        torch.compile(doubled, dynamic=False)(torch.ones(size, device=dev))
+        torch.compile(lambda x: x + x, dynamic=False)(torch.ones(size, device=dev))
         return ""
     except Exception as error:      # of compilers there are many, and each fails in its own way
         return str(error).strip().splitlines()[0]
@@ -319,16 +283,6 @@ def explain(kind, error, trace):
 
 
 # ---- several processes ---------------------------------------------------------
-
-def join_the_others(dev):
-    """Finds the other processes. torchrun keeps one store over its restarts, with what the dead
-    have left in it, so each restart gets a part of its own."""
-    timeout = timedelta(seconds=group_timeout)
-    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
-    store = dist.PrefixStore(str(restarts), store)
-    backend = "nccl" if dev.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-
 
 def gathered(value):
     """[the value of rank 0, of rank 1, ...], on every rank."""
@@ -391,7 +345,7 @@ class Corpus:
 def copy_task(n, seed, without=()):
     """n sequences of random symbols, each its own translation, none of them in `without`."""
     rng = np.random.default_rng(seed)
-    taken = set(without)
+    taken = frozenset(without)
     pairs = []
     while len(pairs) < n:
         length = rng.integers(5, 11)
@@ -458,18 +412,18 @@ def read_pairs(src, tgt, damaged=None):
         raise ValueError(f"{src} and {tgt} are empty, expected one sentence a line")
 
 
-worker_tokenizer = None             # of a process that turns text into ids
+worker_tokenizer = None             # of a worker process, which turns text into ids
 
 
 def start_worker(tokenizer):
-    """The first thing that such a process does."""
+    """The first thing that a worker process does."""
     global worker_tokenizer
     worker_tokenizer = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: ends with its parent
 
 
-PART = 5000                         # pairs that such a process takes at a time
+PART = 5000                         # pairs that a worker takes at a time
 
 
 def on_all_cores(work, pairs, tokenizer=None):
@@ -608,6 +562,7 @@ def prepare(folder, tokenizer=None):
 
     # The others ask the same question as rank 0 did, and give up when nothing moves any more.
     seen = 0.0
+    since = time.time()
     while (index := prepared(folder, made_from, tokenizer)) is None:
         if os.path.getmtime(folder) != seen:
             seen = os.path.getmtime(folder)
@@ -632,8 +587,8 @@ def plan_epoch(corpus, size, seed, epoch):
     n_src = corpus.n_src + 1                            # with EOS
     n_tgt = corpus.n_tgt + 1
 
-    # Neighbours in this order are alike on both sides: sorted by target length, and within a length
-    # by source length, up and down in turn. Noise gives a pair other company in each epoch.
+    # Neighbours in this order are alike on both sides: groups of two target lengths, and in a group
+    # the source lengths rise, in the next they fall, and so on. Noise shuffles equals.
     group = n_tgt // 2
     up_or_down = np.where(group % 2, -n_src, n_src)
     order = np.lexsort((up_or_down + rng.random(len(corpus)), group))
@@ -670,20 +625,14 @@ def to_device(batch, dev):
     return [ids.to(dev, non_blocking=True) for ids in batch]
 
 
-def seed_everything(*numbers):
-    """Makes all random numbers follow from these: hashed, for (1, 2) and (2, 1) to differ."""
-    mixed = np.random.SeedSequence(numbers).generate_state(1)
-    torch.manual_seed(int(mixed[0]))
-
-
 # ---- §5.3, §5.4 Schedule and loss ---------------------------------------------------
 
 def learning_rate_at(step, peak):
     """§5.3, Eq. 3, for steps from 1: a linear rise to the peak, then a fall with 1/√step; or a
     straight line down, which would reach 0 one step after the last.
 
-    Adam's first steps know little of the gradient's size, and large ones throw a post-norm stack
-    off for good: so the rate starts near 0. It ends low for the weights to settle.
+    Adam's first steps know little of the gradient's size, and large steps ruin a fresh post-norm
+    stack. So the rate starts near 0. It ends low for the weights to settle.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
@@ -722,8 +671,8 @@ class HashedDropout(nn.Module):
 
     def __init__(self, p):
         super().__init__()
-        # So many of 65536 are kept. An integer is a constant to torch.compile; a float is an input,
-        # so a compiled program in its cache that was made for another p would be taken for this.
+        # An integer, out of 65536, because torch.compile makes a program for each integer. A float
+        # could get the program that was compiled for another one.
         self.kept = max(1, round((1 - p) * 65536))
         self.seed = torch.zeros((), dtype=torch.int32)          # Loss fills it anew for each batch
 
@@ -790,7 +739,7 @@ class Loss(nn.Module):
             # drawn must not be drawn again, so the seeds come from outside the graph.
             from torch._functorch import config as functorch
             functorch.aggressive_recomputation = True
-        torch._dynamo.config.specialize_float = True    # or a program for another dropout is taken
+        torch._dynamo.config.specialize_float = True    # likewise: a program for each float
         torch._dynamo.config.optimize_ddp = False       # DDP would cut each part at its buckets
         dropouts = (self.model.src_dropout, self.model.tgt_dropout)
         for part in (*self.model.encoder, *self.model.decoder, *dropouts):
@@ -812,12 +761,8 @@ def words_13a(line):
     return re.sub(r"([0-9])(-)", r"\1 \2 ", line).split()
 
 
-def words_char(line):
-    """Every character but the spaces."""
-    return list("".join(line.split()))
-
-
-WORDS = {"13a": words_13a, "none": str.split, "char": words_char}
+# For "char", every character but the spaces is a word.
+WORDS = {"13a": words_13a, "none": str.split, "char": lambda line: list("".join(line.split()))}
 
 
 def bleu(hypotheses, references, words=words_13a):
@@ -887,17 +832,6 @@ def translations(model, tokenizer, lines, amp, beam_size, alpha):
 
 # ---- what a run leaves -----------------------------------------------------------------
 
-def lock(folder):
-    """Keeps other runs out of the folder until this process ends, however it ends. -> open file"""
-    file = open(os.path.join(folder, "lock"), "w")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another run is writing to {folder}; give this one its own --out_dir")
-    return file
-
-
 def record(log, **values):
     """One line of log.jsonl, if this process writes one."""
     if log:
@@ -917,11 +851,6 @@ def due(step, interval):
     return step % interval == 0 or step == max_steps
 
 
-def anything_due(step):
-    """Will this step be followed by a line or a file?"""
-    return any(due(step, n) for n in (log_interval, eval_interval, checkpoint_interval))
-
-
 stop_signal = 0
 
 
@@ -935,7 +864,7 @@ def on_signal(number, frame):
 if __name__ == "__main__":
     start_time = time.time()
     sys.excepthook = explain
-    sys.stdout.reconfigure(errors="replace")            # "?" is what the terminal can't show
+    sys.stdout.reconfigure(errors="replace")            # prints ? for what the terminal can't show
 
     # ---- settings: the defaults, then the recipe or last.pt, then the command line ---------
     given = override(settings, sys.argv[1:], __file__)
@@ -954,13 +883,18 @@ if __name__ == "__main__":
     if resume or (restarts and os.path.exists(last_path)):
         if not os.path.exists(last_path):
             fail(f"--resume=True, but there is no {last_path}; start without it")
-        state = read_state(last_path)
+        state = read_checkpoint(last_path)
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+            fail(f"{last_path} is not a checkpoint that this train.py can resume from")
         # 0 stands for what was worked out when the run began.
         for name in ("max_steps", "accumulate", "learning_rate"):
             if given.get(name) == 0:
                 del given[name]
         refuse_changes(last_path, state["settings"], FIXED, given)
-        globals().update(known_settings(state["settings"]))
+        for name, value in state["settings"].items():
+            known = name in settings and type(value) is type(settings[name])
+            if known and name not in ("out_dir", "resume"):
+                globals()[name] = value
         if bool(given.get("muon", muon)) != bool(muon):
             fail(f"{last_path} was made with --muon={muon}, which can't be turned on or off")
         if given.get("max_steps", 0) > max_steps and decay == "linear":
@@ -985,7 +919,14 @@ if __name__ == "__main__":
     # ---- this process among the others, and its folder -------------------------------------
     dev = find_device(device, local_rank)
     cuda = dev.type == "cuda"
-    amp = find_dtype(dev)
+    if dtype != "auto":
+        amp = getattr(torch, dtype)
+    elif has_bfloat16(dev) and (cuda or d_model >= 128):    # narrow ones don't win back the casts
+        amp = torch.bfloat16
+    elif cuda:
+        amp = torch.float16
+    else:
+        amp = torch.float32
     if cuda:
         torch.cuda.set_device(dev)
         torch.backends.cuda.enable_cudnn_sdp(False)     # it makes a new plan for every new shape
@@ -1006,7 +947,12 @@ if __name__ == "__main__":
     log = None
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
-        locked = lock(out_dir)
+        lock = open(os.path.join(out_dir, "lock"), "w")     # held until this process ends
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another run is writing to {out_dir}; give this one its own --out_dir")
         if not state and not restarts:      # a new run keeps what an older one has left here
             for path in (model_path, last_path, log_path):
                 if os.path.exists(path):
@@ -1050,7 +996,14 @@ if __name__ == "__main__":
 
     # ---- model and optimizers ----------------------------------------------------------------
     if world > 1:
-        join_the_others(dev)
+        # torchrun keeps one store over its restarts, with what the dead have left in it. So each
+        # restart gets a part of its own.
+        timeout = timedelta(seconds=group_timeout)
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=dist.PrefixStore(str(restarts), store),
+            rank=rank, world_size=world, timeout=timeout)
+        sys.excepthook = explain        # torch has put one around it that loses what is printed
     if state:
         config = replace(Config(**state["config"]), dropout=dropout)
     elif trained:
@@ -1063,7 +1016,9 @@ if __name__ == "__main__":
     if trained:
         model.load_state_dict(trained.state_dict())
     model = model.to(dev).train()
-    plain = copy.deepcopy(model).eval()     # for validation: the same weights, never compiled
+    # A second module for validation, never compiled. Its weights are the same tensors, so it knows
+    # every update.
+    plain = copy.deepcopy(model).eval()
     plain.load_state_dict(model.state_dict(), assign=True)
     optimizers = make_optimizers(model, dev)
     scaler = torch.amp.GradScaler(dev.type, enabled=amp == torch.float16)
@@ -1086,7 +1041,7 @@ if __name__ == "__main__":
             best = state["best"]
             n_worse = state["n_worse"]
         else:
-            say("the validation text has changed, so the best score so far counts no more")
+            say("the validation text has changed, so the best score so far no longer counts")
         del state                                       # its weights take memory
     resumed_at = step
 
@@ -1112,8 +1067,8 @@ if __name__ == "__main__":
     changed = " ".join(f"{name}={value}" for name, value in now.items() if value != settings[name])
     where = torch.cuda.get_device_name(dev) if cuda else f"{dev}, {torch.get_num_threads()} threads"
     n_src, n_tgt = corpus.count(np.arange(len(corpus)))
-    left_out = ", ".join(f"{n} {reason}" for reason, n in index["left_out"].items())
-    say(f"settings  {changed or 'the defaults: learning to copy'}\n"
+    left_out = ", ".join(f"{n} {reason}" for reason, n in index["left_out"].items() if n)
+    say(f"settings  {changed}\n"
         f"machine   {world} x {where}, torch {torch.__version__}, {amp}, compiled: {compiled}\n"
         f"model     {sum(weight.numel() for weight in model.parameters()):,} parameters\n"
         f"data      {len(corpus):,} pairs, {n_src:,} + {n_tgt:,} ids, "
@@ -1126,7 +1081,7 @@ if __name__ == "__main__":
         say("compiling: the first step takes a minute or two")
 
     # ---- training ----------------------------------------------------------------------------
-    if world == 1:
+    if world == 1:      # of several processes, each could hear a signal at another step, and wait
         signal.signal(signal.SIGTERM, on_signal)
         signal.signal(signal.SIGINT, on_signal)
     # The sums of loss and nll since the last progress line stay on the device. To read a number
@@ -1135,12 +1090,14 @@ if __name__ == "__main__":
     n_targets = 0
     n_ids = 0
     n_steps = 0
+    intervals = (log_interval, eval_interval, checkpoint_interval)
     skipped = 0
     tick = time.time()
     steps = micro_batches(corpus, micro_tokens, seed, accumulate, step)
     while True:
-        # Once in a while: is it better, is it saved, is it over? A resumed run has done all this
-        # before it was saved.
+        # ---- once in a while: validate, save, stop -----------------------------------------
+        # This comes before the step, so that a run that is resumed at its end goes straight on to
+        # the end. A resumed run did all this before it was saved, so it does not do it again.
         pause = time.time()
         if step > resumed_at and val and due(step, eval_interval):
             nll = mean_nll(plain, val, dev, autocast)
@@ -1187,7 +1144,9 @@ if __name__ == "__main__":
         n_src, n_tgt = corpus.count(np.concatenate(batches))
         for j in range(rank, accumulate, world):
             x, y = to_device(corpus.batch(batches[j]), dev)
-            seed_everything(seed, step, j)
+            # A hash, because the sums of (seed, step, j) and (seed, j, step) are the same.
+            mixed = np.random.SeedSequence((seed, step, j)).generate_state(1)
+            torch.manual_seed(int(mixed[0]))
             if world > 1:                               # gradients are exchanged once a step
                 step_fn.require_backward_grad_sync = j + world >= accumulate
             with autocast:
@@ -1199,18 +1158,20 @@ if __name__ == "__main__":
         for optimizer in optimizers:
             scaler.unscale_(optimizer)                  # or clipping would clip the scale
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        # A gradient that is not finite ends the run. On a GPU the run looks only when a line or a
-        # file is due: by then all weights are NaN, and so is every later gradient.
-        look = not cuda or scaler.is_enabled() or anything_due(step)
+        # A gradient that is not finite ends the run. To look at it is to wait for a GPU, so there
+        # the run looks only before it writes something. NaN stays NaN in all steps between.
+        look = not cuda or scaler.is_enabled() or stop_signal
+        look = look or any(due(step, interval) for interval in intervals)
         finite = not look or bool(norm.isfinite())
-        if not finite and not scaler.is_enabled():
+        overflow = scaler.is_enabled() and scaler.get_scale() >= 1      # float16's, not the model's
+        if not finite and not overflow:
             numbers = np.concatenate(batches)[:20].tolist()
             fail(f"the gradient is {norm.item()} at step {step:,}, or a GPU's shortly before, in "
                  f"sentences {numbers}...; {last_path} is from before; lower --learning_rate?")
         if finite:
             for optimizer in optimizers:
                 scaler.step(optimizer)
-        else:                                           # float16 overflowed: scale less, and go on
+        else:                                           # scale less, and go on
             skipped += 1
         scaler.update()
         model.zero_grad(set_to_none=True)
@@ -1226,7 +1187,7 @@ if __name__ == "__main__":
             perplexity = math.exp(min(nll, 50))
             rate = learning_rate_at(step, learning_rate)
             seconds = time.time() - tick
-            left = clock((max_steps - step) * seconds / n_steps)
+            left = timedelta(seconds=int((max_steps - step) * seconds / n_steps))
             record(log, step=step, loss=loss, nll=nll, perplexity=perplexity, learning_rate=rate,
                    grad_norm=norm.item(), skipped=skipped, tokens_per_second=n_ids / seconds)
             say(f"step {step:6d}  loss {loss:.4f}  nll {nll:.4f}  ppl {perplexity:8.2f}  "
@@ -1234,7 +1195,7 @@ if __name__ == "__main__":
             totals.zero_()
             n_targets = 0
         if due(step, log_interval) or (compiled and step == resumed_at + 1):
-            tick = time.time()                          # what ids/s count begins here
+            tick = time.time()                          # ids/s count from here, without compilation
             n_ids = 0
             n_steps = 0
 
@@ -1251,10 +1212,11 @@ if __name__ == "__main__":
                 weight.data.copy_(mean)
             if world > 1:
                 dist.broadcast(weight.data, 0)
+        say(f"model.pt may become the mean of the last {n_averaged} checkpoints")
         nll = -math.inf
         if val:
             nll = mean_nll(plain, val, dev, autocast)
-        say(f"mean of the last {n_averaged} checkpoints: validation nll {nll:.4f}, best {best:.4f}")
+            say(f"its validation nll is {nll:.4f}, the best so far {best:.4f}")
         if nll < best:
             save_model(model_path, plain, tokenizer)
     gathered(None)                                      # rank 0 has written model.pt
@@ -1285,11 +1247,12 @@ if __name__ == "__main__":
         say(f"exact-sequence accuracy on {len(val):,} unseen sequences: {accuracy:.1%}, as in\n"
             f"  in   {x[0].tolist()}\n  out  {out[0].tolist()}")
         record(log, step=step, accuracy=accuracy)
-    say(f"{clock(time.time() - start_time)} in all; the model is {model_path}")
+    took = timedelta(seconds=int(time.time() - start_time))
+    say(f"{took} in all; the model is {model_path}")
     if src:
         say(f"use it:  python transformer.py --checkpoint={model_path} < in.txt > out.txt")
 
     if world > 1:           # what exchanges gradients must be gone before the group that it uses
-        del step_fn, loss, nll, mean_loss
+        step_fn = loss = nll = mean_loss = None
         gc.collect()
         dist.destroy_process_group()
