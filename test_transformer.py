@@ -1393,7 +1393,7 @@ def add_pairs(paths, *pairs):
 
 def set_globals(monkeypatch, **values):
     for name, value in values.items():
-        monkeypatch.setattr(train, name, value)
+        monkeypatch.setattr(train, name, value, raising=False)
 
 
 @pytest.fixture
@@ -1543,13 +1543,16 @@ def equation_3(step, width, warmup):
 
 def test_the_schedule_is_equation_3(settings, tmp_path):
     rate = train.learning_rate_at
-    settings(warmup_steps=4000, decay="inverse_sqrt")
+    settings(warmup_steps=4000, fall=4000, decay="inverse_sqrt")
     for step in (1, 2, 100, 3999, 4000, 4001, 100_000):
         assert rate(step, (512 * 4000)**-0.5) == equation_3(step, 512, 4000)
     settings(decay="linear", max_steps=5000)
     assert rate(2000, 1.0) == approx(1 / 2)
     assert rate(4500, 1.0) == approx(501 / 1001)
     assert rate(5000, 1.0) == approx(1 / 1001)                  # the last step is one, too
+    settings(warmup_steps=500, fall=2500)                       # a short run stays at its peak
+    assert [rate(step, 1.0) for step in (250, 500, 2500)] == [0.5, 1.0, 1.0]
+    assert rate(2501, 1.0) < 1.0
 
     paper = "--learning_rate=0 --muon=0 --decay=inverse_sqrt --warmup_steps=4"
     succeed(trainer(tmp_path, f"{TINY} {paper}"))

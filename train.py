@@ -49,7 +49,7 @@ epochs = 0.0                # passes over the training pairs, if max_steps is 0
 learning_rate = 4e-3        # of Adam after warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
 muon = 5e-3                 # of Muon, for the matrices of the layers; 0: Adam for all, as the paper
 embedding_decay = 0.0       # AdamW's weight decay of the embeddings; 0: none, as in the paper
-warmup_steps = 30           # steps of linear rise; unless given, at most a tenth of the run
+warmup_steps = 50           # steps of linear rise; unless given, at most a tenth of the run
 decay = "linear"            # after warm-up: inverse_sqrt (§5.3), or linear, down to 0
 grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
 average_last = 1            # model.pt is the mean of this many checkpoints (§6.1: 5), if better
@@ -629,7 +629,7 @@ def to_device(batch, dev):
 
 def learning_rate_at(step, peak):
     """§5.3, Eq. 3, for steps from 1: a linear rise to the peak, then a fall with 1/√step; or a
-    straight line down, which would reach 0 one step after the last.
+    straight line down, which would reach 0 one step after the last. It falls from step `fall` on.
 
     Adam's first steps know little of the gradient's size, and large steps ruin a fresh post-norm
     stack. So the rate starts near 0. It ends low for the weights to settle.
@@ -637,8 +637,9 @@ def learning_rate_at(step, peak):
     if step < warmup_steps:
         return peak * step / warmup_steps
     if decay == "linear":
-        return peak * (max_steps + 1 - step) / max(1, max_steps + 1 - warmup_steps)
-    return peak * (warmup_steps / step) ** 0.5
+        left = (max_steps + 1 - step) / (max_steps + 1 - fall)
+        return peak * min(1.0, left)
+    return peak * min(1.0, (fall / step) ** 0.5)
 
 
 def make_optimizers(model, dev):
@@ -991,8 +992,13 @@ if __name__ == "__main__":
     steps_per_epoch = len(plan_epoch(corpus, micro_tokens, seed, 0)) / accumulate
     max_steps = max_steps or max(1, round(epochs * steps_per_epoch))
     learning_rate = learning_rate or (d_model * warmup_steps) ** -0.5          # where Eq. 3 peaks
+    # The rate falls from the end of warm-up on. But the recipe's warm-up is too long for a short
+    # run: there it takes a tenth of the steps, and the peak is held for up to half of them.
+    fall = state["fall"] if state else warmup_steps
     if not state and "warmup_steps" not in given:
         warmup_steps = max(1, min(warmup_steps, max_steps // 10))
+        fall = max(warmup_steps, min(fall, max_steps // 2))
+    fall = max(fall, warmup_steps)
 
     # ---- model and optimizers ----------------------------------------------------------------
     if world > 1:
@@ -1120,7 +1126,7 @@ if __name__ == "__main__":
                 write_atomically(last_path, {
                     "version": STATE_VERSION, "settings": now, "config": vars(config),
                     "merges": index["merges"], "digests": digests,
-                    "step": step, "best": best, "n_worse": n_worse, "recent": recent,
+                    "fall": fall, "step": step, "best": best, "n_worse": n_worse, "recent": recent,
                     "model": model.state_dict(), "scaler": scaler.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             if not val:
