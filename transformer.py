@@ -1,10 +1,13 @@
+# SPDX-License-Identifier: MIT
 """
-The Transformer of "Attention Is All You Need" (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762) in one file.
+The Transformer of "Attention Is All You Need" (Vaswani et al., 2017,
+https://arxiv.org/abs/1706.03762) in one file.
 
-    python transformer.py                                               # a guided tour that checks itself, in seconds
-    python transformer.py --checkpoint=out/model.pt < in.txt > out.txt  # translate: one line in, one line out
+    python transformer.py           # a guided tour that checks itself, in seconds
+    python transformer.py --checkpoint=out/model.pt < in.txt > out.txt  # translate, line by line
 
-Read it from top to bottom: whatever a line uses is defined above it. This is Figure 1, with the names of this file:
+Read it from top to bottom: whatever a line of code uses is defined above it. This is Figure 1, with
+the names of this file. Data flows upwards; the names are explained where they come:
 
                                                    logits (B, T, V)
                                                       ↑  output: the embedding matrix, transposed
@@ -12,67 +15,82 @@ Read it from top to bottom: whatever a line uses is defined above it. This is Fi
          ↑  EncoderLayer × 6              │           ↑  DecoderLayer × 6
          │      add_norm2(ffn)            │           │      add_norm3(ffn)
          │      add_norm1(self_attn)      └───────────│───── add_norm2(cross_attn)
-         │                                            │      add_norm1(self_attn): no position sees a later one
+         │                                            │      add_norm1(self_attn): causal
          ↑  embed: embedding · √D + sinusoids         ↑  embed: the same
       src (B, S)                                   tgt_in (B, T)
 
-One letter for each axis, in every comment: B batch, S source length, T target length, D d_model, H heads,
-K d_head = D/H, V vocabulary, and in decoding N beams, the hypotheses that are kept for each sentence.
+The encoder reads the source once. The decoder then writes the target one token at a time, and looks
+at the source through cross-attention. Tokens are ids: whole numbers below V.
 
-Where this differs from the paper, and why (a test holds each point):
-
- 1. Padding. The paper does not mention it, but a batch needs it: id PAD fills the ends of short rows. Nothing attends
-    to it, and the outputs of encoder and decoder are zeros there.
- 2. Initial weights, and the ε in LayerNorm. The paper does not say. Matrices are Glorot-uniform; embeddings are normal
-    with variance 1/D, so that the √D of §3.4 brings them to the scale of the positions; ε is PyTorch's.
- 3. Beam search never proposes PAD or BOS, ends a hypothesis (EOS) that reaches its length limit, and stops when no
-    unfinished one can still win; the paper says only "terminate early when possible".
- 4. Text becomes byte-level BPE, with a space put before the first word. The paper splits characters. With bytes any
-    string can be written, so there is no unknown word.
- 5. `Config` offers what the paper does not use: norms before the sub-layers, an output matrix that is not tied to the
-    embedding, a source vocabulary of its own, biases on the attention projections, norms at the end of the stacks.
+Each axis of a tensor has one letter, and the letter means nothing else: B batch (sentences), S
+source length, T target length, D d_model (the width), H heads, V vocabulary, and in decoding N
+beams (the hypotheses kept for each sentence) and L the length of the longest result. The width of
+one head has the paper's name: d_k, which is D/H.
 """
 
 import contextlib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-PAD, BOS, EOS = 0, 1, 2     # padding, beginning and end of a sentence: the ids no word may have
+# Padding, beginning and end of a sentence: the ids that no word may have.
+PAD = 0
+BOS = 1
+EOS = 2
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a Transformer. The defaults are the paper's base model (Table 3). Raises ValueError if they can't be."""
+    """Sizes of a Transformer. The defaults are the paper's base model (Table 3).
 
-    vocab_size: int = 37000         # §5.1: one vocabulary for both languages
+    Raises ValueError for sizes that cannot be.
+    """
+
+    vocab_size: int = 37000         # V. §5.1: one vocabulary for both languages
     d_model: int = 512              # D: the width of everything that flows between sub-layers
     n_heads: int = 8                # H: each sees D/H of the width
     d_ff: int = 2048                # the inner width of the feed-forward network
     n_encoder_layers: int = 6
     n_decoder_layers: int = 6
     dropout: float = 0.1            # P_drop of §5.4
-    norm_first: bool = False        # True: x + f(norm(x)) and a norm at the end of each stack; deep stacks train easier
-    learned_positions: int = 0      # 0: sinusoids; n: a learned vector for each of n positions (Table 3, row E)
+    norm_first: bool = False        # True: pre-norm (see AddNorm), with a norm after each stack
+    learned_positions: int = 0      # 0: sinusoids; n: learned ones, n of them (Table 3, E)
     tied_output: bool = True        # §3.4: the target embedding is also the output projection
     src_vocab_size: int = 0         # 0: source and target share vocab_size and the embedding
-    attention_bias: bool = False    # the paper's projections are plain matrices; torch.nn.Transformer adds biases
-    final_norms: bool = False       # True: post-norm stacks end in one more norm, as those of torch.nn.Transformer do
+    attention_bias: bool = False    # biases on q, k, v, out, as torch.nn.Transformer has them
+    final_norms: bool = False       # True: a norm after post-norm stacks, as torch.nn.Transformer
 
     def __post_init__(self):
+        # Only checks: skip them at first reading.
         for field in fields(self):
-            name, value, kind = field.name, getattr(self, field.name), type(field.default)
-            value = value.item() if hasattr(value, "item") else value           # numpy's and torch's numbers
-            value = float(value) if kind is float and type(value) is int else value
-            least = EOS + 1 if "vocab" in name else 0 if kind is float else 1   # a default of 0, none, may stay
-            most = 1 if kind is float else math.inf
-            if type(value) is not kind or not (kind is bool or least <= value < most or value == field.default == 0):
-                raise ValueError(f"{name} must be {kind.__name__} from {least} to below {most}, got {value!r}")
-            object.__setattr__(self, name, value)                               # the way into a frozen dataclass
-        if self.d_model % self.n_heads or self.d_model % 2:                     # a sine and a cosine for each frequency
-            raise ValueError(f"d_model must be even and divisible by n_heads, got {self.d_model} and {self.n_heads}")
+            name = field.name
+            kind = type(field.default)
+            value = getattr(self, name)
+            if hasattr(value, "item"):          # a number of numpy's or torch's becomes Python's
+                value = value.item()
+            if kind is float and type(value) is int:
+                value = float(value)
+            if type(value) is not kind:
+                raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+            object.__setattr__(self, name, value)       # the way into a frozen dataclass
+        for name in ("d_model", "n_heads", "d_ff", "n_encoder_layers", "n_decoder_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.vocab_size <= EOS:
+            raise ValueError(f"vocab_size must be above {EOS}, got {self.vocab_size}")
+        if self.src_vocab_size != 0 and self.src_vocab_size <= EOS:
+            raise ValueError(f"src_vocab_size must be 0 or above {EOS}, got {self.src_vocab_size}")
+        if self.learned_positions < 0:
+            raise ValueError(f"learned_positions must be at least 0, got {self.learned_positions}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
+        if self.d_model % self.n_heads != 0:
+            got = f"{self.d_model} and {self.n_heads}"
+            raise ValueError(f"d_model must be divisible by n_heads, got {got}")
+        if self.d_model % 2 != 0:  # sinusoids come in pairs, a sine and a cosine
+            raise ValueError(f"d_model must be even, got {self.d_model}")
 
 BASE = Config()
 BIG = Config(d_model=1024, n_heads=16, d_ff=4096, dropout=0.3)
@@ -80,22 +98,45 @@ BIG = Config(d_model=1024, n_heads=16, d_ff=4096, dropout=0.3)
 # ---- §3.5 Positional encoding ------------------------------------------------
 
 def sinusoids(positions, d_model):
-    """PE(pos, 2i) = sin(pos / 10000^(2i/D)), PE(pos, 2i+1) = cos(same). positions: (...) -> (..., D), float32. §3.5
+    """PE(pos, 2i) = sin(pos / 10000^(2i/D)), PE(pos, 2i+1) = cos(same). §3.5
 
-    Attention is a sum over a set: without this, "dog bites man" and "man bites dog" would be the same sentence.
-    Each pair of columns is a clock hand of its own speed, and moving by k positions turns every hand by a fixed
-    angle, so "k words ago" is a linear function of the encoding. Being a formula, it has no longest sentence.
+    positions: (...) -> (..., D), float32
+
+    Attention is a sum over a set: without this, "dog bites man" and "man bites dog" would be the
+    same sentence. Each pair of columns, a sine and a cosine, is a clock hand with its own speed. To
+    move by n positions turns each hand by a fixed angle, wherever one starts. That is one fixed
+    matrix product, so a layer can learn to look n words back. A formula works for any length.
     """
-    i = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32)
-    frequency = torch.exp(i * (-math.log(10000.0) / d_model))                   # (D/2,) = 10000^(-2i/D)
-    angle = positions[..., None].float() * frequency                            # (..., D/2)
-    # Stack, then flatten: sine and cosine take turns column by column, as the formula says, and not half by half.
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)          # (..., D)
+    two_i = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32)
+    frequency = torch.exp(two_i * (-math.log(10000.0) / d_model))   # (D/2,) = 10000^(-2i/D)
+    angle = positions[..., None].float() * frequency                # (..., 1) * (D/2,) = (..., D/2)
+    # Sine and cosine take turns column by column, as the formula says.
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)      # (..., D)
 
-# ---- §3.2 Attention. Every mask here is boolean, and True means "may attend" ---
+# ---- §3.2 Attention ----------------------------------------------------------
+#
+# Attention looks things up in a dictionary, softly. A dictionary holds pairs of a key and a value,
+# and gives the value whose key equals the query. Here queries, keys and values are vectors. No key
+# equals the query, but each resembles it more or less, and that is measured by their dot product.
+# The answer is the average of all values, in which the values of the more similar keys weigh more.
+#
+# All three are made from the vectors of words, each by a learned matrix of its own, because they
+# answer three questions: what am I looking for (query), by what am I found (key), and what do I
+# give to those who find me (value)? "bites" may look for a subject, and "dog" offers itself as one.
+#
+# Why not read the sentence word by word, as a recurrent network does? Its steps must wait for one
+# another, and a signal from the first word to the last passes through all words between. With
+# attention all positions are computed at the same time, and any two of them are one step apart (§4,
+# Table 1). The price: T queries and S keys make T·S products of vectors, about T·S·D
+# multiplications, and for a text of twice the length this part of the work is four times as much.
+#
+# A mask says which keys a query may look at. Every mask in this file is boolean, and True means
+# "may attend".
 
 def causal_mask(n, device=None):
-    """Position t (a row) may attend to the positions up to t (columns), and to none after it. §3.2.3 -> (n, n)
+    """Position t (a row) may attend to the positions up to t (columns), to none after. -> (n, n)
+
+    So no prediction can depend on the words that are to be predicted. §3.2.3
 
     >>> causal_mask(4).int()
     tensor([[1, 0, 0, 0],
@@ -105,86 +146,161 @@ def causal_mask(n, device=None):
     """
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
-def attention_weights(q, k, mask=None):
-    """softmax(QKᵀ/√d_k), Eq. 1. q: (..., T, K), k: (..., S, K), mask: broadcasts to the result -> (..., T, S), float32
+def source_mask(src):
+    """Any query may look at the words of a source, and not at its padding.
 
-    One query and three keys with d_k = 4. The products q·k are 2, 0 and 4. Divided by √4 they are 1, 0 and 2, and the
-    weights are e¹, e⁰ and e², each divided by their sum:
+    src: (B, S) ids -> (B, 1, 1, S), which broadcasts over heads and queries
+
+    A batch can hold a row of nothing but padding, an empty sentence. Its queries would have no key
+    left, and the average of nothing is 0/0 = NaN. So in such a row everything is visible. No harm
+    is done: what is read there is only padding, of which `Transformer.encode` makes zeros.
+    """
+    is_word = src != PAD                                            # (B, S)
+    empty = ~is_word.any(-1, keepdim=True)                          # (B, 1)
+    return (is_word | empty)[:, None, None, :]
+
+def at_least_float32(x):
+    """float16 and bfloat16 have too few digits for exponentials and sums. float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def attention_weights(q, k, mask=None):
+    """The share of each value in the average of each query: softmax(q·kᵀ / √d_k), in Eq. 1.
+
+    q: (..., T, d_k), k: (..., S, d_k), mask: broadcasts to the result -> (..., T, S), float32 or
+    better. A row sums to 1. One query and three keys with d_k = 4: the products q·k are 2, 0 and 4.
+    Divided by √4 they are 1, 0 and 2, and the weights are e¹, e⁰ and e², each divided by their sum:
 
     >>> q = torch.tensor([[2.0, 0, 0, 0]])
     >>> k = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [2, 0, 0, 0]])
     >>> attention_weights(q, k)
     tensor([[0.2447, 0.0900, 0.6652]])
 
-    With the third key masked, the other two share its part. A query that may attend to nothing gets nothing but zeros:
+    With the third key masked, the other two share its part. A query that may attend to nothing gets
+    nothing but zeros:
 
     >>> attention_weights(q, k, mask=torch.tensor([[True, True, False]]))
     tensor([[0.7311, 0.2689, 0.0000]])
     >>> attention_weights(q, k, mask=torch.tensor([[False, False, False]]))
     tensor([[0., 0., 0.]])
     """
-    # The dot products of random vectors grow like √d_k, and a softmax of large numbers has no gradient (§3.2.1). The
-    # queries are divided before the product, not the scores after it: in float16 the product itself could overflow.
-    scores = ((q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)).float()
+    # A dot product of random vectors is a sum of d_k terms of variance 1, so it grows like √d_k. A
+    # softmax of numbers that lie far apart is nearly 1 for one of them and 0 for the others, and
+    # has almost no gradient. So the products are divided by √d_k (§3.2.1). Here the queries are
+    # divided, not the products: in float16 a product could overflow before its division.
+    d_k = q.size(-1)
+    scores = (q / math.sqrt(d_k)) @ k.transpose(-2, -1)             # (..., T, S)
+    scores = at_least_float32(scores)
     if mask is None:
         return scores.softmax(-1)
-    # The lowest finite number, not -inf: a row of nothing but -inf would be 0/0 = NaN, forward and backward.
-    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
-    return weights.masked_fill(~mask, 0.0)
+    hidden = ~mask
+    # The lowest finite number, not -inf: the softmax of nothing but -inf is NaN, forward and
+    # backward.
+    lowest = torch.finfo(scores.dtype).min
+    weights = scores.masked_fill(hidden, lowest).softmax(-1)        # (..., T, S)
+    return weights.masked_fill(hidden, 0.0)  # a row with no key: zeros, not equal shares
 
-def attention(q, k, v, mask=None, causal=False):
-    """softmax(QKᵀ/√d_k) V, Eq. 1: every query takes the average of the values, weighted by how well the keys match it.
+def attention_by_definition(q, k, v, mask=None):
+    """softmax(q·kᵀ / √d_k)·v, Eq. 1: each query gets a weighted average of the values.
 
-    q: (B, H, T, K), k and v: (B, H, S, K), mask: broadcasts to (B, H, T, S) -> (B, H, T, K).
-    causal=True stands for mask=causal_mask(T), and needs T = S.
+    q: (B, H, T, d_k), k and v: (B, H, S, d_k), mask: broadcasts to (B, H, T, S) -> (B, H, T, d_k).
     """
-    if not q.is_cuda and q.size(-2) * k.size(-2) <= 512 * 512:
-        # The definition. On a CPU it is also the faster way, as long as the (T, S) weights are small.
-        mask = causal_mask(q.size(-2), q.device) if causal else mask
-        return attention_weights(q, k, mask).to(v.dtype) @ v
-    # Everywhere else a fused kernel computes the same without ever writing the weights to memory.
-    if causal or mask is None:
+    weights = attention_weights(q, k, mask)                         # (B, H, T, S)
+    return weights.to(v.dtype) @ v
+
+# On a CPU the definition is also the faster way, up to this many weights (T·S) for each head. They
+# are few enough to stay in the processor's own memory.
+MAX_WEIGHTS_ON_CPU = 512 * 512
+
+def attention(q, k, v, mask=None, causal=False, blind_queries=True):
+    """The same, faster.
+
+    A fused kernel is one program for the whole formula. It works block by block and never writes
+    all weights to memory. Shapes are those of attention_by_definition. causal=True adds
+    causal_mask(T) to the mask. blind_queries=False promises that the mask leaves each query at
+    least one key, which saves a GPU some work in every layer. Raises ValueError for causal=True if
+    T and S differ.
+    """
+    T = q.size(-2)
+    S = k.size(-2)
+    if causal and T != S:
+        raise ValueError(f"causal=True needs as many queries as keys, got {T} and {S}")
+    if causal and mask is not None:
+        mask = mask & causal_mask(T, q.device)                      # (..., T, S)
+        causal = False
+
+    # What torch.export saves has to serve all lengths, so it cannot choose by them.
+    may_choose = q.device.type == "cpu" and not torch.compiler.is_exporting()
+    if may_choose and T * S <= MAX_WEIGHTS_ON_CPU:
+        if causal:
+            mask = causal_mask(T, q.device)
+        return attention_by_definition(q, k, v, mask)
+
+    if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    # What a kernel returns for a query that may attend to nothing depends on the kernel. So let it see everything...
-    nothing = ~mask.any(-1, keepdim=True)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | nothing)
-    return y.masked_fill(nothing, 0.0)      # ...and then give it the zeros of the definition
+    if not blind_queries:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    # A query without any key is "blind". The definition gives it zeros, but what a fused kernel
+    # gives it depends on the kernel. So let it see everything, and write the zeros afterwards.
+    blind = ~mask.any(-1, keepdim=True)                             # (..., T, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind)
+    return y.masked_fill(blind, 0.0)
 
 class MultiHeadAttention(nn.Module):
-    """H attentions side by side, each on its own D/H-wide projection of queries, keys and values. §3.2.2
+    """H attentions side by side, each on projections of its own, d_k wide. §3.2.2
 
-    It serves all three uses of §3.2.3, because keys and values come from outside: from the queries' own sequence
-    (self-attention), from the encoder's output (cross-attention), or from a cache of earlier steps (decoding).
+    Why several: one softmax gives one average, so one head can ask one question of the sentence. H
+    heads look at H different places, and as each is only D/H wide, together they cost no more than
+    one head of width D.
+
+    This one class serves all three uses of §3.2.3, because keys and values may come from outside.
+    Self-attention looks at the positions of x itself. Cross-attention looks at the encoder's
+    output: every target position asks with its query, and the source positions answer. In decoding,
+    keys and values of earlier steps come from a cache.
     """
 
     def __init__(self, config):
         super().__init__()
-        D, self.n_heads = config.d_model, config.n_heads
-        self.q = nn.Linear(D, D, bias=config.attention_bias)            # W^Q of all heads, stacked
-        self.kv = nn.Linear(D, 2 * D, bias=config.attention_bias)       # W^K and W^V of all heads, stacked
-        self.out = nn.Linear(D, D, bias=config.attention_bias)          # W^O
+        D = config.d_model
+        bias = config.attention_bias
+        self.n_heads = config.n_heads
+        self.q = nn.Linear(D, D, bias=bias)                         # W^Q of all heads, stacked
+        self.kv = nn.Linear(D, 2 * D, bias=bias)                # W^K and W^V of all heads, stacked
+        self.out = nn.Linear(D, D, bias=bias)                       # W^O
 
     def split_heads(self, x):
-        """(B, T, D) -> (B, H, T, K)"""
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        """(B, T, D) -> (B, H, T, d_k)"""
+        x = x.unflatten(-1, (self.n_heads, -1))                     # (B, T, H, d_k)
+        return x.transpose(1, 2)
 
     def keys_values(self, x):
-        """What the positions of x offer to those who look at them. (B, S, D) -> (B, H, S, K) twice"""
-        k, v = self.kv(x).chunk(2, dim=-1)
+        """What the positions of x offer to those who look. (B, S, D) -> (B, H, S, d_k) twice"""
+        k, v = self.kv(x).chunk(2, dim=-1)                          # (B, S, D) each
         return self.split_heads(k), self.split_heads(v)
 
-    def forward(self, x, keys_values, mask=None, causal=False):
-        """The positions of x look at those behind keys_values. (B, T, D), what keys_values() returned -> (B, T, D)"""
-        y = attention(self.split_heads(self.q(x)), *keys_values, mask, causal)          # (B, H, T, K)
-        return self.out(y.transpose(1, 2).flatten(2))                   # heads side by side again, then W^O
+    def forward(self, x, seen=None, mask=None, causal=False):
+        """Each position of x looks at the positions that are seen. (B, T, D) -> (B, T, D)
+
+        seen: their keys and values, as keys_values() returned them; None for those of x itself.
+        mask: broadcasts to (B, H, T, S) and leaves each query at least one key. causal=True: a
+        position sees itself and earlier ones.
+        """
+        if seen is None:
+            seen = self.keys_values(x)
+        k, v = seen                                                 # (B, H, S, d_k) each
+        q = self.split_heads(self.q(x))                             # (B, H, T, d_k)
+        y = attention(q, k, v, mask, causal, blind_queries=False)   # (B, H, T, d_k)
+        side_by_side = y.transpose(1, 2).flatten(2)                 # (B, T, D)
+        return self.out(side_by_side)                           # (B, T, D): W^O mixes the heads
 
 # ---- §3.3 Position-wise feed-forward network ---------------------------------
 
 class FeedForward(nn.Module):
-    """FFN(x) = max(0, xW₁ + b₁)W₂ + b₂, Eq. 2, at every position alone. (B, T, D) -> (B, T, D)
+    """FFN(x) = max(0, x·W₁ + b₁)·W₂ + b₂, Eq. 2, at every position alone. (B, T, D) -> (B, T, D)
 
-    Attention moves information between positions; this is where it is worked on. With the paper's d_ff = 4D it holds
-    two thirds of the weights of an encoder layer, and half of those of a decoder layer.
+    Attention moves information between positions, and this network works on what has arrived. With
+    the paper's d_ff = 4D it holds two thirds of the weights of an encoder layer, and half of those
+    of a decoder layer.
     """
 
     def __init__(self, config):
@@ -198,11 +314,26 @@ class FeedForward(nn.Module):
 # ---- §3.1 Encoder and decoder stacks -----------------------------------------
 
 class AddNorm(nn.Module):
-    """A residual connection around a sub-layer, and a norm: LayerNorm(x + Dropout(Sublayer(x))). §3.1, §5.4
+    """A residual connection and a norm: LayerNorm(x + Dropout(Sublayer(x))). §3.1, §5.4
 
-    This is the paper's order, post-norm. With norm_first it is x + Dropout(Sublayer(LayerNorm(x))): the sum itself is
-    never normalised, so gradients reach the bottom of the stack unchanged, and the stack needs one more norm at its
-    end. The sub-layer comes as a function, because in one order it runs before the norm and in the other after it.
+    The residual: x goes on, and the sub-layer only adds to it. In the backward pass the sum hands
+    the gradient to x as well as to the sub-layer, so part of it reaches the lowest layer without
+    passing through any weight matrix.
+
+    The norm: at each position alone, over the D numbers there, LayerNorm subtracts their mean,
+    divides by their standard deviation, and then scales and shifts each column by learned numbers.
+    So sums do not grow from layer to layer.
+
+    This order is the paper's, post-norm. In a fresh stack of this kind the gradients of the upper
+    layers are large, and large first steps ruin it. So the paper's learning rate rises from nothing
+    (§5.3).
+
+    With norm_first the order is pre-norm: x + Dropout(Sublayer(LayerNorm(x))). From the bottom of
+    the stack to its top, x is only added to. Deep stacks then train more easily, with less warm-up
+    (Xiong et al., 2020), but their output needs one norm more.
+
+    Dropout stands where §5.4 puts it: on what a sub-layer returns, and on the embeddings.
+    torch.nn.Transformer also drops attention weights, and values within the feed-forward network.
     """
 
     def __init__(self, config):
@@ -212,117 +343,221 @@ class AddNorm(nn.Module):
         self.norm_first = config.norm_first
 
     def forward(self, x, sublayer):
+        """(B, T, D) -> (B, T, D). sublayer: a function of such a tensor, because in one order it
+        runs after the norm and in the other before it."""
         if self.norm_first:
             return x + self.dropout(sublayer(self.norm(x)))
         return self.norm(x + self.dropout(sublayer(x)))
 
 class EncoderLayer(nn.Module):
-    """Every source position looks at every other, then thinks for itself. (B, S, D) -> (B, S, D)"""
+    """Every source position looks at all of them, then works alone.
+
+    x: (B, S, D), mask: (B, 1, 1, S) -> (B, S, D)
+    """
 
     def __init__(self, config):
         super().__init__()
         self.self_attn = MultiHeadAttention(config)
         self.ffn = FeedForward(config)
-        self.add_norm1, self.add_norm2 = AddNorm(config), AddNorm(config)
+        self.add_norm1 = AddNorm(config)
+        self.add_norm2 = AddNorm(config)
 
     def forward(self, x, mask):
-        x = self.add_norm1(x, lambda y: self.self_attn(y, self.self_attn.keys_values(y), mask))
-        return self.add_norm2(x, self.ffn)
+        x = self.add_norm1(x, lambda y: self.self_attn(y, mask=mask))
+        x = self.add_norm2(x, self.ffn)
+        return x
 
 class DecoderLayer(nn.Module):
-    """Every target position looks at those before it, then at the source, then thinks. (B, T, D) -> (B, T, D)"""
+    """Every target position looks at itself and earlier ones, then at the source, then works alone.
+
+    x: (B, T, D), memory_kv: (B, H, S, d_k) twice, the keys and values of the encoder's output,
+    memory_mask: (B, 1, 1, S) -> (B, T, D)
+    """
 
     def __init__(self, config):
         super().__init__()
         self.self_attn = MultiHeadAttention(config)
         self.cross_attn = MultiHeadAttention(config)
         self.ffn = FeedForward(config)
-        self.add_norm1, self.add_norm2, self.add_norm3 = AddNorm(config), AddNorm(config), AddNorm(config)
+        self.add_norm1 = AddNorm(config)
+        self.add_norm2 = AddNorm(config)
+        self.add_norm3 = AddNorm(config)
 
     def forward(self, x, memory_kv, memory_mask):
-        x = self.add_norm1(x, lambda y: self.self_attn(y, self.self_attn.keys_values(y), causal=True))
+        # Targets need no padding mask. Their padding stands on the right, and causality keeps every
+        # word from seeing what stands to its right. What the padding itself computes is never used.
+        x = self.add_norm1(x, lambda y: self.self_attn(y, causal=True))
         x = self.add_norm2(x, lambda y: self.cross_attn(y, memory_kv, memory_mask))
-        return self.add_norm3(x, self.ffn)
+        x = self.add_norm3(x, self.ffn)
+        return x
 
 # ---- §3 The model ------------------------------------------------------------
 
 class Transformer(nn.Module):
-    """Source ids and the target ids so far in, a score for every possible next target id out. Figure 1.
+    """Source ids and the target ids so far in, a score for each possible next id out. Figure 1.
 
-    model(src, tgt_in) -> logits: (B, S) and (B, T) int64 -> (B, T, V). Sources end with EOS and targets begin with
-    BOS; rows are padded with PAD on the right. logits[:, t] scores the token that follows tgt_in[:, t].
+    model(src, tgt_in) -> logits: (B, S) and (B, T) int64 -> (B, T, V). Sources end with EOS and
+    targets begin with BOS; rows are padded with PAD on the right, and PAD stands nowhere else: it
+    would be taken for padding there too. logits[:, t] scores the token that follows tgt_in[:, t].
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, D = config, config.d_model
-        # §3.4: one matrix embeds the source, embeds the target, and, transposed, turns states into logits.
+        self.config = config
+        D = config.d_model
+
+        # §3.4: one matrix embeds the source, embeds the target, and, transposed, turns states into
+        # logits. Words with similar vectors then also get similar scores, each word learns from all
+        # three uses, and the model is a third smaller. Both languages need the same vocabulary.
         self.embedding = nn.Embedding(config.vocab_size, D)
-        self.src_embedding = nn.Embedding(config.src_vocab_size, D) if config.src_vocab_size else self.embedding
-        self.output = nn.Linear(D, config.vocab_size, bias=False)
-        if config.tied_output:
-            self.output.weight = self.embedding.weight                  # the same tensor: one gradient, one update
-        self.learned_src, self.learned_tgt = (nn.Embedding(n, D) if n else None for n in [config.learned_positions] * 2)
-        self.src_dropout, self.tgt_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
+        self.src_embedding = self.embedding
+        if config.src_vocab_size:
+            self.src_embedding = nn.Embedding(config.src_vocab_size, D)
+        self.output = nn.Linear(D, config.vocab_size, bias=False)       # init_weights ties it
+
+        self.learned_src = None
+        self.learned_tgt = None
+        if config.learned_positions:
+            self.learned_src = nn.Embedding(config.learned_positions, D)
+            self.learned_tgt = nn.Embedding(config.learned_positions, D)
+        # Two modules, so that a program that trains may give each random numbers of its own.
+        self.src_dropout = nn.Dropout(config.dropout)
+        self.tgt_dropout = nn.Dropout(config.dropout)
+
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_decoder_layers))
-        # A post-norm layer ends in a norm, so the paper's stacks need no other. A pre-norm layer ends in a sum.
-        final_norm = nn.LayerNorm if config.norm_first or config.final_norms else nn.Identity
-        self.encoder_norm, self.decoder_norm = final_norm(D), final_norm(D)
+
+        # A post-norm layer ends in a norm, so the paper's stacks need no other. A pre-norm layer
+        # ends in a sum.
+        self.encoder_norm = nn.Identity()
+        self.decoder_norm = nn.Identity()
+        if config.norm_first or config.final_norms:
+            self.encoder_norm = nn.LayerNorm(D)
+            self.decoder_norm = nn.LayerNorm(D)
+        self.length_penalty = 0.6       # of translations, by default (§6.1)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Draws all initial values, here and nowhere else: no two layers start with the same numbers."""
+        """Ties the output and sets every weight, here and nowhere else, so no two layers start with
+        the same numbers.
+
+        A model that was made without memory, on the meta device, needs it again after `to_empty`.
+        """
+        if self.config.tied_output:
+            self.output.weight = self.embedding.weight  # the same tensor: one gradient, one update
         for name, weight in self.named_parameters():
             if "embedding" in name or "learned" in name or name == "output.weight":
                 weight.normal_(0, self.config.d_model ** -0.5)
-            elif weight.dim() == 2:
-                for matrix in weight.chunk(2 if name.endswith("kv.weight") else 1):     # W^K and W^V each on its own
+            elif name.endswith("kv.weight"):
+                for matrix in weight.chunk(2):      # W^K and W^V: Glorot's range is for one matrix
                     nn.init.xavier_uniform_(matrix)
+            elif weight.dim() == 2:
+                nn.init.xavier_uniform_(weight)
             elif name.endswith("bias"):
-                weight.zero_()                                          # what is left are norm weights: ones already
+                weight.zero_()
+            else:
+                weight.fill_(1.0)  # LayerNorm starts by changing nothing but the scale
 
     def embed(self, ids, embedding, learned, start=0):
-        """Embedding · √D + position; the first position is `start`. §3.4, §3.5. (B, T) -> (B, T, D)"""
-        end = start + ids.size(1)
+        """Embedding · √D + position. §3.4, §3.5
+
+        ids: (..., T), the first at position start -> (..., T, D)
+
+        Raises ValueError beyond the positions that a model with learned ones has.
+        """
+        end = start + ids.size(-1)
         if learned is not None and end > learned.num_embeddings:
-            raise ValueError(f"expected at most the {learned.num_embeddings} positions learned, got {end}")
-        positions = torch.arange(start, end, device=ids.device)
-        encoding = sinusoids(positions, self.config.d_model) if learned is None else learned(positions)
-        x = embedding(ids) * math.sqrt(self.config.d_model)
+            most = learned.num_embeddings
+            raise ValueError(f"expected at most the {most} positions learned, got {end}")
+        positions = torch.arange(start, end, device=ids.device)     # (T,)
+        if learned is None:
+            encoding = sinusoids(positions, self.config.d_model)    # (T, D)
+        else:
+            encoding = learned(positions)                           # (T, D)
+        # Embeddings start with variance 1/D, for the logits of the tied output to start with about
+        # variance 1. √D brings them to the size of sinusoids.
+        x = embedding(ids) * math.sqrt(self.config.d_model)         # (..., T, D)
         return x + encoding.to(x.dtype)
 
     def encode(self, src):
-        """The source, every token in the light of all others: the decoder's memory. (B, S) -> (B, S, D)"""
-        mask = (src != PAD)[:, None, None, :]                           # (B, 1, 1, S): no query may look at padding
-        x = self.embed(src, self.src_embedding, self.learned_src)       # (B, S, D)
-        x = self.src_dropout(x)                                         # §5.4: of the sums, too
+        """The source, every token in the light of all others: the decoder's memory.
+
+        (B, S) -> (B, S, D)
+
+        A row of src is words, EOS, then PAD up to S. PAD within a row is masked like padding.
+        """
+        mask = source_mask(src)                                     # (B, 1, 1, S)
+        x = self.embed(src, self.src_embedding, self.learned_src)   # (B, S, D)
+        x = self.src_dropout(x)
         for layer in self.encoder:
-            x = layer(x, mask)                                          # (B, S, D)
-        return self.encoder_norm(x).masked_fill((src == PAD)[..., None], 0.0)
+            x = layer(x, mask)                                      # (B, S, D)
+        x = self.encoder_norm(x)
+        # Padding has computed something too. With zeros in its place nothing can depend on it by
+        # mistake.
+        return x.masked_fill((src == PAD)[..., None], 0.0)
 
     def decode(self, tgt_in, memory, src):
-        """Target states, each made of memory and of what precedes it. (B, T), (B, S, D), (B, S) -> (B, T, D)"""
-        memory_mask = (src != PAD)[:, None, None, :]                    # (B, 1, 1, S)
-        x = self.embed(tgt_in, self.embedding, self.learned_tgt)        # (B, T, D)
+        """Target states, each made of the memory and of the target so far.
+
+        tgt_in: (B, T), memory: (B, S, D), src: (B, S) -> (B, T, D)
+        """
+        memory_mask = source_mask(src)                              # (B, 1, 1, S)
+        x = self.embed(tgt_in, self.embedding, self.learned_tgt)    # (B, T, D)
         x = self.tgt_dropout(x)
         for layer in self.decoder:
-            memory_kv = layer.cross_attn.keys_values(memory)            # (B, H, S, K) twice
-            x = layer(x, memory_kv, memory_mask)                        # (B, T, D)
-        # Targets need no padding mask: it stands on the right, and causality keeps every real position from seeing it.
-        return self.decoder_norm(x).masked_fill((tgt_in == PAD)[..., None], 0.0)
+            memory_kv = layer.cross_attn.keys_values(memory)        # (B, H, S, d_k) twice
+            x = layer(x, memory_kv, memory_mask)                    # (B, T, D)
+        x = self.decoder_norm(x)
+        return x.masked_fill((tgt_in == PAD)[..., None], 0.0)
 
     def forward(self, src, tgt_in):
-        memory = self.encode(src)                                       # (B, S) -> (B, S, D)
-        states = self.decode(tgt_in, memory, src)                       # (B, T) -> (B, T, D)
-        return self.output(states)                                      # (B, T, V): how much like each word's vector
+        memory = self.encode(src)                                   # (B, S) -> (B, S, D)
+        states = self.decode(tgt_in, memory, src)                   # (B, T) -> (B, T, D)
+        return self.output(states)              # (B, T, V): tied, a product with each word's vector
 
-# ---- §6.1 Decoding: what it is, then the same without computing anything twice, then several guesses at once ----
+    def log_probs(self, src, tgt_in):
+        """log P(next token | src, target so far), the linear layer and softmax of Figure 1. §3.4
+
+        (B, S) and (B, T) -> (B, T, V), float32 or better
+        """
+        logits = self(src, tgt_in)                                  # (B, T, V)
+        return at_least_float32(logits).log_softmax(-1)
+
+# ---- Training, in its simplest form ------------------------------------------
+
+def learn_by_heart(model, src, tgt, n_steps=100):
+    """Trains on one batch until the model knows it, and prints the loss at a few steps.
+
+    src: (B, S), tgt: (B, T + 1), each row BOS, words, EOS, padding.
+    """
+    # Teacher forcing: the input at each position is the right answer so far, not what the model
+    # would have written. So no position has to wait for another, and all T predictions are learned
+    # at once.
+    tgt_in = tgt[:, :-1]                    # (B, T): BOS and the words; in short rows EOS, too
+    tgt_out = tgt[:, 1:]                    # (B, T): the words and EOS; padding does not count
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.9, 0.98), eps=1e-9)
+    model.train()
+    for step in range(1, n_steps + 1):
+        logits = model(src, tgt_in)                                 # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), tgt_out.flatten(), ignore_index=PAD)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in (1, 10, n_steps):
+            print(f"  step {step:3}  loss {loss.item():.3f}")
+
+# ---- §6.1 Decoding -----------------------------------------------------------
+#
+# First what it is (greedy), then the same without computing anything twice (Cache), then several
+# guesses at once (beam_search).
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """`with eval_mode(model):` is without dropout. Afterwards, even after an error, each part is as it was before."""
+    """`with eval_mode(model):` is without dropout.
+
+    Afterwards each part is as it was before, even after an error.
+    """
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:
@@ -332,44 +567,71 @@ def eval_mode(model):
             part.training = True
 
 def length_limits(model, src, max_len, min_len=0):
-    """How many ids, EOS included, each translation may have: max_len, or its source's length + 50 (§6.1). -> (B,)"""
-    lengths = (src != PAD).sum(1)
-    limits = (lengths + 50).clamp(min=min_len) if max_len is None else torch.full_like(lengths, max_len)
-    return limits.clamp(max=model.config.learned_positions) if model.config.learned_positions else limits
+    """How many ids, EOS included, each translation may have. -> (B,)
+
+    That is max_len, or for None the length of its source + 50, as in §6.1. Raises
+    ValueError if max_len leaves no room for EOS or is below min_len.
+    """
+    lengths = (src != PAD).sum(1)                                   # (B,)
+    if max_len is None:
+        limits = (lengths + 50).clamp(min=min_len)
+    elif max_len < max(min_len, 1):
+        got = f"max_len={max_len}, min_len={min_len}"
+        raise ValueError(f"max_len must be at least 1 and at least min_len, got {got}")
+    else:
+        limits = torch.full_like(lengths, max_len)
+    if model.config.learned_positions:
+        limits = limits.clamp(max=model.config.learned_positions)
+    return limits
 
 @torch.no_grad()
 def greedy(model, src, max_len=None):
-    """The most probable next token, again and again, until it is EOS. (B, S) -> (B, L) int64 ids without BOS
+    """The most probable next token, again and again, until it is EOS.
 
-    This is all that decoding is. It computes the whole target so far anew for each token, so it is slow; but it shows
-    what beam_search has to give for beam_size=1. Rows end with EOS, by force where they reach their limit, then PAD.
+    src: (B, S) ids -> (B, L) int64 ids without BOS
+
+    Decoding is no more than this. Here the whole target so far is computed anew for each token,
+    which is slow; but it shows what beam_search has to give for beam_size=1. Rows end with EOS, by
+    force where they reach their limit (see length_limits), then PAD. Raises ValueError for max_len
+    below 1.
     """
-    limits = length_limits(model, src, max_len)
-    ids, length = src.new_full((len(src), 1), BOS), 0
+    limits = length_limits(model, src, max_len)                     # (B,)
+    ids = src.new_full((len(src), 1), BOS)  # (B, 1), and one longer with each step
+    ended = torch.zeros_like(limits, dtype=torch.bool)              # (B,)
     with eval_mode(model):
-        memory = model.encode(src)
-        while not (ended := (ids == EOS).any(1)).all():
-            length += 1
-            states = model.decode(ids, memory, src)                     # (B, length, D)
-            token = EOS + model.output(states[:, -1])[:, EOS:].argmax(-1)       # (B,): any id but PAD and BOS
-            token = token.masked_fill(limits == length, EOS).masked_fill(ended, PAD)
+        memory = model.encode(src)                                  # (B, S, D)
+        while not ended.all():
+            states = model.decode(ids, memory, src)                 # (B, length so far, D)
+            logits = model.output(states[:, -1])                    # (B, V)
+            token = EOS + logits[:, EOS:].argmax(-1)                # (B,): any id but PAD and BOS
+            token = token.masked_fill(limits == ids.size(1), EOS)
+            token = token.masked_fill(ended, PAD)
             ids = torch.cat((ids, token[:, None]), 1)
+            ended = ended | (token == EOS)
     return ids[:, 1:]
 
 class Cache:
-    """The keys and values of the source and of all positions so far: what a step of decoding need not compute again.
+    """The keys and values of the source and of all positions so far: what a step of decoding need
+    not compute again.
 
-    The N hypotheses (beams) of a sentence are N queries in the place where training has T, so all of them look at one
-    copy of the memory. In self-attention every step writes its N keys side by side, and `visible` says which of them
-    lie in a beam's own past. Two beams, three steps; a row for each beam, a column for each key, 1 for "sees it":
+    This is allowed because an earlier position never sees a later one: a new token changes nothing
+    before it, so the keys and values there stay what they were. Old queries are not kept, because
+    only the newest position's output is wanted.
+
+    A sentence has N hypotheses (beams), and at each step one new token for each. These N tokens are
+    N queries. All of them look at the same memory, so that is not copied. In self-attention each
+    step stores N new keys side by side, one from each beam: the key of beam n at step s is column
+    (s - 1)·N + n. A beam may see only the keys of its own past, and `visible` says which these are.
+    Two beams, three steps; a row for each beam, a column for each key, 1 for "sees it":
 
         step       1   2   3
         beam      0 1 0 1 0 1
         beam 0    1 0 1 0 1 0
         beam 1    0 1 0 1 0 1
 
-    Now both of the best continuations come from beam 1, so beam 0 takes over its past: reorder(parents=[1, 1]). Only
-    these booleans move; the keys and values stay where they are. The fourth step opens with a new key for each beam:
+    Now both of the best continuations come from beam 1, so beam 0 takes over its past:
+    reorder(parents=[1, 1]). Only these booleans move; the keys and values stay where they are. The
+    fourth step opens with a new key for each beam:
 
         step       1   2   3   4
         beam      0 1 0 1 0 1 0 1
@@ -378,189 +640,239 @@ class Cache:
     """
 
     def __init__(self, model, memory, src, n_beams, max_len):
-        """Takes all its memory here, once, for max_len steps. memory: (B, S, D), what model.encode(src) returned."""
-        self.n_beams, self.length = n_beams, 0
-        # Contiguous, heads outermost: otherwise every step would copy them once more before it multiplies.
-        self.memory_kv = [[x.contiguous() for x in layer.cross_attn.keys_values(memory)] for layer in model.decoder]
-        self.memory_mask = (src != PAD)[:, None, None, :] if (src == PAD).any() else None       # (B, 1, 1, S)
-        B, H, _, K = self.memory_kv[0][0].shape
-        empty = lambda like: like.new_empty(B, H, max_len * n_beams, K)
-        self.self_kv = [(empty(k), empty(v)) for k, v in self.memory_kv]
-        self.visible = torch.zeros(B, n_beams, max_len * n_beams, dtype=torch.bool, device=src.device)
+        """Takes all its memory once, for max_len steps. memory: (B, S, D), model.encode(src)"""
+        self.n_beams = n_beams
+        self.length = 0
+        self.mask = None                # (B, 1, N, keys so far), of the step that is under way
+        self.memory_mask = None
+        if (src == PAD).any():
+            self.memory_mask = source_mask(src)                     # (B, 1, 1, S)
+
+        n_keys = max_len * n_beams
+        self.memory_kv = []  # for each layer (B, H, S, d_k) twice
+        self.self_kv = []  # for each layer (B, H, n_keys, d_k) twice
+        for layer in model.decoder:
+            k, v = layer.cross_attn.keys_values(memory)
+            # Contiguous only for speed: otherwise every step would copy them before it multiplies.
+            self.memory_kv.append((k.contiguous(), v.contiguous()))
+            B, H, _, d_k = k.shape
+            self.self_kv.append((k.new_empty(B, H, n_keys, d_k), v.new_empty(B, H, n_keys, d_k)))
+        self.visible = torch.zeros(len(src), n_beams, n_keys, dtype=torch.bool, device=src.device)
 
     def open_position(self):
-        """Makes room for the next position: every beam will see its own new key, and no other beam's."""
-        new = slice(self.length * self.n_beams, (self.length + 1) * self.n_beams)
-        self.visible[:, :, new] = torch.eye(self.n_beams, dtype=torch.bool, device=self.visible.device)
+        """Makes room for the next position: a beam will see its own new key, not the others'."""
+        start = self.length * self.n_beams
+        end = start + self.n_beams
         self.length += 1
+        own = torch.eye(self.n_beams, dtype=torch.bool, device=self.visible.device)     # (N, N)
+        self.visible[:, :, start:end] = own
+        if self.n_beams > 1:                                    # a single beam sees all there is
+            self.mask = self.visible[:, None, :, :end]  # (B, 1, N, keys so far), for all layers
 
-    def append(self, layer, k, v):
-        """Stores the keys and values of the newest position, (B, H, N, K) each; returns all so far, and their mask."""
+    def append(self, i, k, v):
+        """Stores the newest keys and values of layer i, (B, H, N, d_k) each; returns all so far."""
         end = self.length * self.n_beams
-        for buffer, newest in zip(self.self_kv[layer], (k, v)):
-            buffer[:, :, end - self.n_beams:end] = newest
-        mask = self.visible[:, None, :, :end] if self.n_beams > 1 else None     # a single beam sees all there is
-        return tuple(buffer[:, :, :end] for buffer in self.self_kv[layer]), mask
+        start = end - self.n_beams
+        all_k, all_v = self.self_kv[i]
+        all_k[:, :, start:end] = k
+        all_v[:, :, start:end] = v
+        return all_k[:, :, :end], all_v[:, :, :end]
 
     def reorder(self, parents):
         """Beam n becomes a continuation of what was beam parents[:, n]. (B, N)"""
+        # visible[b, n] becomes visible[b, parents[b, n]].
         self.visible = self.visible.gather(1, parents[..., None].expand_as(self.visible))
 
     def select(self, rows):
-        """Keeps the sentences `rows` (a boolean for each), so that finished ones cost nothing more."""
+        """Keeps the sentences with these numbers, (n,) int64: finished ones cost nothing more."""
         self.memory_kv = [(k[rows], v[rows]) for k, v in self.memory_kv]
         self.self_kv = [(k[rows], v[rows]) for k, v in self.self_kv]
         self.visible = self.visible[rows]
-        self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
+        if self.memory_mask is not None:
+            self.memory_mask = self.memory_mask[rows]
+
+def cached_self_attention(x, self_attn, cache, i):
+    """self_attn(x, causal=True) at the newest position; layer i of the cache has the earlier ones.
+
+    x: (B, N, D) -> (B, N, D)
+    """
+    k, v = self_attn.keys_values(x)                                 # (B, H, N, d_k) each
+    seen = cache.append(i, k, v)                                    # (B, H, keys so far, d_k) twice
+    return self_attn(x, seen, cache.mask)
+
+def cached_layer(x, layer, cache, i):
+    """DecoderLayer.forward at the newest position. x: (B, N, D) -> (B, N, D)"""
+    x = layer.add_norm1(x, lambda y: cached_self_attention(y, layer.self_attn, cache, i))
+    x = layer.add_norm2(x, lambda y: layer.cross_attn(y, cache.memory_kv[i], cache.memory_mask))
+    x = layer.add_norm3(x, layer.ffn)
+    return x
 
 def next_log_probs(model, newest, cache):
-    """log P(next token) for each of N hypotheses a sentence, from their newest tokens. (B, N) -> (B, N, V), float32
+    """log P(next token) for each of N hypotheses a sentence, from their newest tokens.
 
-    This is Transformer.decode for one position. Where that one computes keys and values, this one asks the cache.
+    newest: (B, N) ids -> (B, N, V), float32
+
+    This is Transformer.decode for one position. Where that one computes keys and values, this one
+    asks the cache.
     """
     cache.open_position()
-    x = model.embed(newest.view(-1, 1), model.embedding, model.learned_tgt, cache.length - 1).view(*newest.shape, -1)
-    for i, layer in enumerate(model.decoder):                           # as in DecoderLayer.forward:
-        own, cross = layer.self_attn, layer.cross_attn
-        x = layer.add_norm1(x, lambda y: own(y, *cache.append(i, *own.keys_values(y))))
-        x = layer.add_norm2(x, lambda y: cross(y, cache.memory_kv[i], cache.memory_mask))
-        x = layer.add_norm3(x, layer.ffn)                               # (B, N, D)
-    return model.output(model.decoder_norm(x)).log_softmax(-1, dtype=torch.float32)             # (B, N, V)
+    # All N tokens of a sentence stand at the same position, so for `embed` they are N sequences of
+    # one id each.
+    ids = newest[..., None]                                         # (B, N, 1)
+    x = model.embed(ids, model.embedding, model.learned_tgt, start=cache.length - 1)  # (B, N, 1, D)
+    x = x.squeeze(2)                                                # (B, N, D)
+    for i, layer in enumerate(model.decoder):
+        x = cached_layer(x, layer, cache, i)                        # (B, N, D)
+    logits = model.output(model.decoder_norm(x))                    # (B, N, V)
+    return logits.log_softmax(-1, dtype=torch.float32)
+
+def penalty(n_ids, alpha):
+    """The length penalty, by which log P is divided: ((5 + n) / 6)^alpha. Wu et al., 2016, Eq. 14
+
+    Each id makes a sentence less probable, so by log P alone the shortest would win. Dividing by
+    something that grows with the length makes up for that; a larger alpha favours longer
+    translations. n_ids: a number or a tensor of them.
+    """
+    return ((5 + n_ids) / 6) ** alpha
+
+def pick(rows, index):
+    """Whole hypotheses by their numbers. rows: (B, n, L), index: (B, m) -> (B, m, L)"""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.size(2)))
 
 @torch.no_grad()
 def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_len=0, n_best=1):
-    """The best translations a beam can find. §6.1, with the length penalty of GNMT (Wu et al., 2016, Eq. 14).
+    """The best translations that a beam can find. §6.1
 
-    src: (B, S) ids, each row ending with EOS, then PAD. Returns ids, (B, L) int64 without BOS, in the same form, and
-    float32 scores, (B,): log P(ids | src) / ((5 + n) / 6)^length_penalty, where n counts the ids with EOS. beam_size=1
-    is greedy decoding. With n_best > 1 both get an axis after the first, best first: (B, n_best, L) and (B, n_best);
-    a row where the beam found fewer is PAD, its score -inf. max_len and min_len count ids with EOS; max_len=None is
-    the paper's limit, source length + 50. No translation is longer than the positions that a model has learned, and
-    none depends on the rest of the batch. Raises ValueError for sizes that make no sense.
+    Greedy decoding cannot take back a word. A beam keeps the N best hypotheses of each sentence and
+    grows all of them, so a word may turn out well although it was only the second best. Hypotheses
+    are compared by their score, which is log P(ids | src) / penalty(number of ids with EOS,
+    length_penalty).
+
+    src: (B, S) ids, each row words, EOS, then PAD; PAD within a row is masked like padding.
+    beam_size: N; with 1 this is greedy decoding. max_len and min_len count ids with EOS;
+    max_len=None is the paper's limit, source length + 50, and no translation is longer than the
+    positions that a model has learned. A translation does not depend on the other sentences.
+
+    Returns ids, (B, L) int64 without BOS, each row ending with EOS, then PAD, and float32 scores,
+    (B,). With n_best > 1 both get an axis after the first, best first: (B, n_best, L) and (B,
+    n_best); a row where the beam found fewer is PAD, its score -inf. Raises ValueError for sizes
+    that make no sense.
     """
-    if not 1 <= n_best <= beam_size or max_len is not None and max_len < max(min_len, 1):
-        raise ValueError(f"expected 1 <= n_best <= beam_size and 1 <= max_len >= min_len, got n_best={n_best}, "
-                         f"beam_size={beam_size}, max_len={max_len}, min_len={min_len}")
-    limits = length_limits(model, src, max_len, min_len)                # (B,): each sentence has one of its own
-    stops = set(limits.tolist())                                        # the lengths at which some sentence must end
+    if not 1 <= n_best <= beam_size:
+        got = f"n_best={n_best}, beam_size={beam_size}"
+        raise ValueError(f"expected 1 <= n_best <= beam_size, got {got}")
+    limits = length_limits(model, src, max_len, min_len)  # (B,): each sentence has one of its own
+    stops = set(limits.tolist())  # the lengths at which some sentence must end
     longest = max(stops, default=0)
-    penalty = lambda n: ((5 + n) / 6) ** length_penalty
-    B, N, V, device = len(src), beam_size, model.config.vocab_size, src.device
+    B = len(src)
+    N = beam_size
+    V = model.config.vocab_size
+    ids_like = dict(dtype=torch.int64, device=src.device)
+    scores_like = dict(dtype=torch.float32, device=src.device)
+
+    # The beam: the hypotheses that still grow. At first all N are the same BOS, and only one of
+    # them may count: otherwise the beam would hold N copies of one hypothesis for ever.
+    beam = torch.full((B, N, longest), PAD, **ids_like)
+    newest = torch.full((B, N), BOS, **ids_like)                    # the last id of each
+    log_prob = torch.full((B, N), -math.inf, **scores_like)         # log P of each
+    log_prob[:, 0] = 0.0
+
+    # The best that have ended, for each sentence of src. The tensors above lose the rows of
+    # sentences that are finished, these do not. So sentence[b] says which sentence of src the row b
+    # of the others belongs to.
+    best = torch.full((B, n_best, longest), PAD, **ids_like)
+    best_score = torch.full((B, n_best), -math.inf, **scores_like)
+    sentence = torch.arange(B, device=src.device)                   # (B,)
+
     with eval_mode(model):
         cache = Cache(model, model.encode(src), src, N, longest)
-        # The beam: hypotheses that still grow. All N start as the same BOS, so only the first may count: otherwise the
-        # beam would hold the same hypothesis N times, for ever.
-        beam = torch.full((B, N, longest), PAD, device=device)
-        log_prob = torch.full((B, N), -math.inf, device=device)
-        log_prob[:, 0] = 0
-        newest = torch.full((B, N), BOS, device=device)
-        # The best that have ended, for each sentence of src; and for each row in work, the sentence it belongs to.
-        result = torch.full((B, n_best, longest), PAD, device=device)
-        result_score = torch.full((B, n_best), -math.inf, device=device)
-        sentence = torch.arange(B, device=device)
-        pick = lambda ids, index: ids.gather(1, index[..., None].expand(-1, -1, longest))       # whole hypotheses
         for length in range(1, longest + 1):
-            total = next_log_probs(model, newest, cache)                # (B, N, V)
-            total[..., :EOS] = -math.inf                                # PAD and BOS are never proposed
-            if length in stops:                                         # at its limit a hypothesis can only end
-                total[limits == length, :, EOS + 1:] = -math.inf
+            # Grow every hypothesis by every word, and take the 2N best. Each hypothesis ends with
+            # one of its words only, EOS. So at most N of the 2N end here, and N are left to go on.
+            word_log_prob = next_log_probs(model, newest, cache)    # (B, N, V)
+            word_log_prob[..., :EOS] = -math.inf                # PAD and BOS are never proposed
+            if length in stops:                                     # at its limit it can only end
+                at_limit = (limits == length)[:, None, None]        # (B, 1, 1)
+                word_log_prob[..., EOS + 1:].masked_fill_(at_limit, -math.inf)
             elif length < min_len:
-                total[..., EOS] = -math.inf
+                word_log_prob[..., EOS] = -math.inf
+            every = word_log_prob.add_(log_prob[..., None]).flatten(1)      # (B, N·V)
+            grown_log_prob, place = every.topk(2 * N)               # (B, 2N), best first
+            parent = place // V                 # (B, 2N): place is beam·V + word
+            word = place % V                                        # (B, 2N)
+            grown = pick(beam, parent)                              # (B, 2N, longest)
+            grown[:, :, length - 1] = word
+            ends = word == EOS                                      # (B, 2N)
 
-            # The 2N best continuations: even if N of them end here, N are left to go on.
-            total, index = total.add_(log_prob[..., None]).flatten(1).topk(min(2 * N, N * V))   # (B, 2N), best first
-            parent, token = index // V, index % V
-            ends = token == EOS
+            # Retire those that end, if they are among the N best: with N = 1, greedy, EOS must be
+            # the best word of all. They and those that ended before stand in one list, and the
+            # n_best of it stay. What has not ended is in the list too, with a score of -inf.
+            score = torch.where(ends, grown_log_prob / penalty(length, length_penalty), -math.inf)
+            rivals = torch.cat((best[sentence], grown[:, :N]), 1)   # (B, n_best + N, longest)
+            rival_score = torch.cat((best_score[sentence], score[:, :N]), 1)    # (B, n_best + N)
+            winner_score, winner = rival_score.topk(n_best)     # (B, n_best)
+            best[sentence] = pick(rivals, winner)
+            best_score[sentence] = winner_score
 
-            # Those that end have to be among the N best: with N = 1, greedy, EOS must be the best token of all.
-            score = torch.where(ends, total / penalty(length), -math.inf)[:, :N]
-            complete = pick(beam, parent[:, :N])
-            complete[:, :, length - 1] = EOS
-            best_score, index = torch.cat((result_score[sentence], score), 1).topk(n_best)
-            result[sentence] = pick(torch.cat((result[sentence], complete), 1), index)
-            result_score[sentence] = best_score
+            # Keep the best N of the others: they are the new beam.
+            log_prob, kept = grown_log_prob.masked_fill(ends, -math.inf).topk(N)        # (B, N)
+            beam = pick(grown, kept)
+            newest = word.gather(1, kept)
+            cache.reorder(parent.gather(1, kept))
 
-            # The best N of the others are the new beam.
-            log_prob, index = total.masked_fill(ends, -math.inf).topk(N)
-            parent, newest = parent.gather(1, index), token.gather(1, index)
-            beam = pick(beam, parent)
-            beam[:, :, length - 1] = newest
-            cache.reorder(parent)
-
-            # log P only falls. Divided by the largest penalty still to come, it bounds what the beam can still reach.
-            bound = log_prob[:, 0] / penalty(limits.float()).clamp(min=penalty(length + 1))
-            done = (best_score[:, -1] >= bound) | (ends[:, 0] if N == 1 else False)     # greedy ends at its first EOS
-            log_prob.masked_fill_(done[:, None], -math.inf)             # what a finished sentence still finds is void
+            # Stop when nothing that still grows can win. log P is negative, and it only falls.
+            # Divided by a larger penalty it is a better score (-6/2 = -3 is better than -6/1). So
+            # the best score in reach is today's log P divided by the largest penalty ahead: that
+            # of the longest hypothesis or, where alpha is negative, that of the next step.
+            largest = penalty(limits.float(), length_penalty)                           # (B,)
+            largest = largest.clamp(min=penalty(length + 1, length_penalty))
+            done = winner_score[:, -1] >= log_prob[:, 0] / largest                      # (B,)
+            if N == 1:
+                done = done | ends[:, 0]                            # greedy stops at its first EOS
             n_done = int(done.sum())
             if n_done == len(done):
                 break
-            if 4 * n_done >= len(done):                                 # finished sentences leave, a quarter at a time
-                cache.select(left := ~done)
-                sentence, limits, beam, log_prob, newest = (x[left] for x in (sentence, limits, beam, log_prob, newest))
 
-    result.masked_fill_(result_score[..., None] == -math.inf, PAD)
-    result = result[..., :int((result != PAD).sum(-1).max()) if B else 0]
-    return (result[:, 0], result_score[:, 0]) if n_best == 1 else (result, result_score)
+            # A finished sentence finds nothing more. Moving the others together costs time, so
+            # finished ones leave when they are a quarter of the batch.
+            log_prob.masked_fill_(done[:, None], -math.inf)
+            if 4 * n_done >= len(done):
+                left = (~done).nonzero().squeeze(1)             # numbers of the rows that go on
+                cache.select(left)
+                sentence = sentence[left]
+                limits = limits[left]
+                beam = beam[left]
+                log_prob = log_prob[left]
+                newest = newest[left]
 
-# ---- From torch.nn.Transformer and back --------------------------------------
+    # Where fewer than n_best have ended, the last rows hold ids without a meaning: clear them.
+    best.masked_fill_(best_score[..., None] == -math.inf, PAD)
+    if B > 0:
+        lengths = (best != PAD).sum(-1)                             # (B, n_best)
+        best = best[..., :int(lengths.max())]
+    if n_best == 1:
+        return best[:, 0], best_score[:, 0]
+    return best, best_score
 
-# Our names of weights, and its own. Its in_proj is W^Q, W^K and W^V in one matrix, of which our q is the first third.
-TORCH_NAMES = (("coder.", "coder.layers."), ("add_norm", "norm"), (".norm.", "."), ("coder_norm", "coder.norm"),
-               ("cross_attn", "multihead_attn"), (".out.", ".out_proj."), (".q.", ".in_proj_"), (".kv.", ".in_proj_"),
-               ("ffn.w", "linear"))
-
-def pairs_of_weights(model, module):
-    """(ours, the same weight of a torch.nn.Transformer, or None if it lacks that), for all but embedding and output."""
-    places, D = dict(module.named_parameters()), model.config.d_model
-    for name, ours in model.named_parameters():
-        if name.startswith(("encoder", "decoder")):
-            part = slice(D) if ".q." in name else slice(D, None) if ".kv." in name else slice(None)
-            for old, new in TORCH_NAMES:
-                name = name.replace(old, new)
-            yield ours, places[name][part] if name in places else None
-
-@torch.no_grad()
-def from_torch(module, config):
-    """A Transformer with the weights of a torch.nn.Transformer, which has no embeddings: those start fresh.
-
-    Its biases on the projections (attention_bias) and the norms at the end of its post-norm stacks (final_norms), both
-    of which the paper lacks, come along. Raises ValueError, naming the difference, if it does not fit the config.
-    """
-    layers, final = (*module.encoder.layers, *module.decoder.layers), module.encoder.norm is not None
-    bias = layers[0].self_attn.in_proj_bias is not None
-    c = replace(config, attention_bias=bias, final_norms=final and not config.norm_first)
-    facts = [("d_model", c.d_model, module.d_model), ("n_heads", c.n_heads, module.nhead),
-             ("n_encoder_layers", c.n_encoder_layers, len(module.encoder.layers)),
-             ("n_decoder_layers", c.n_decoder_layers, len(module.decoder.layers)),
-             ("a final norm", c.norm_first or final, final), ("a final norm", final, module.decoder.norm is not None)]
-    for layer in layers:
-        relu = layer.activation in (F.relu, torch.relu) or isinstance(layer.activation, nn.ReLU)
-        facts += [("norm_first", c.norm_first, layer.norm_first), ("d_ff", c.d_ff, layer.linear1.out_features),
-                  ("ReLU", True, relu), ("LayerNorm eps", nn.LayerNorm(1).eps, layer.norm1.eps)]
-    for name, ours, theirs in facts:
-        if ours != theirs:
-            raise ValueError(f"this torch.nn.Transformer doesn't fit the config: {name} is {theirs} there, {ours} here")
-    model = Transformer(c)
-    for ours, theirs in pairs_of_weights(model, module):
-        ours.zero_() if theirs is None else ours.copy_(theirs)          # a bias that is missing there is zero here
-    return model
-
-@torch.no_grad()
-def to_torch(model):
-    """The same encoder and decoder as a torch.nn.Transformer (batch_first), whose inputs are embedded already."""
-    c = model.config
-    module = nn.Transformer(c.d_model, c.n_heads, c.n_encoder_layers, c.n_decoder_layers, c.d_ff, c.dropout,
-                            batch_first=True, norm_first=c.norm_first)
-    if not (c.norm_first or c.final_norms):
-        module.encoder.norm = module.decoder.norm = None
-    for ours, theirs in pairs_of_weights(model, module):
-        theirs.copy_(ours)                                              # biases that are missing here start as zeros
-    return module.train(model.training)
-
-Transformer.from_torch, Transformer.to_torch = staticmethod(from_torch), to_torch       # they are methods as well
+# ---- Where this differs from the paper, and why (a test holds each point) ----
+#
+# 1. Padding. The paper does not mention it, but a batch needs it: id PAD fills the ends of short
+#    rows. No word attends to it, and the outputs of encoder and decoder are zeros there.
+# 2. Initial weights, and the ε in LayerNorm. The paper does not say. Matrices are Glorot-uniform;
+#    embeddings are normal with variance 1/D, so that the √D of §3.4 brings them to the scale of
+#    the positions; ε is PyTorch's.
+# 3. Beam search never proposes PAD or BOS, ends a hypothesis (EOS) that reaches its length limit,
+#    and stops when no unfinished one can still win. The paper says only "terminate early when
+#    possible".
+# 4. Text becomes byte-level BPE, with a space put before the first word. The pieces of the paper
+#    are made of characters. With bytes any string can be written, so there is no unknown word.
+# 5. `Config` offers what the paper does not use: norms before the sub-layers, an output matrix
+#    that is not tied to the embedding, a source vocabulary of its own, biases on the attention
+#    projections, norms at the end of the stacks.
 
 # =============================================================================
-# THE MODEL ENDS HERE. What follows is text, files and the command line: delete it, and the model is still complete.
+# THE MODEL ENDS HERE. What follows is text, files and the command line. Delete it, and the model
+# is still complete.
 # =============================================================================
 
 import copy
@@ -570,11 +882,16 @@ import io
 import os
 import re
 import sys
+import textwrap
+import unicodedata
 import warnings
 import zipfile
 from collections import Counter, defaultdict
+from dataclasses import replace
+from functools import partial
+from itertools import groupby, pairwise
 
-# ---- §5.1 Text: byte-level byte-pair encoding (Sennrich et al., 2016), shared by both languages ----
+# ---- §5.1 Text: byte-level byte-pair encoding, shared by both languages -------
 
 def merge(ids, pair, new):
     """Every occurrence of pair in ids, from the left, becomes new.
@@ -590,87 +907,154 @@ def merge(ids, pair, new):
             out.append(i)
     return out
 
-class Tokenizer:
-    """Text to ids and back. Ids 0, 1, 2 are PAD, BOS, EOS; 3..258 are the 256 bytes; the rest are merges, in order.
+def combining_marks():
+    """The characters that belong to the letter before them, as ranges for a regular expression.
 
-    `merges` is a list of pairs of ids: the i-th pair of neighbours becomes the one id 259 + i. Byte b is id b + 3, so
-    "a" is 100, "b" is 101, and a space, which the first word gets as well, is 35:
+    An accent can be a character of its own, and so are the vowel signs of Hindi. `re` has no name
+    for them, Unicode has: all categories that begin with M. The last two characters are joiners,
+    which some scripts write inside words.
+    """
+    characters = map(chr, [*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0)])
+    ranges = ""
+    for category, run in groupby(characters, unicodedata.category):
+        if category[0] == "M":
+            marks = list(run)
+            ranges += f"{marks[0]}-{marks[-1]}"
+    return ranges + "\u200c\u200d"
+
+class Tokenizer:
+    """Text to ids and back, by byte-pair encoding (Sennrich et al., 2016).
+
+    A vocabulary of whole words would never be complete, and one of letters makes long sequences.
+    So frequent words get an id of their own, and rare ones are written in several pieces.
+
+    Ids 0, 1, 2 are PAD, BOS, EOS; 3..258 are the 256 bytes; the rest are merges, in order.
+    `merges` is a list of pairs of ids: the i-th pair of neighbours becomes the one id 259 + i.
+    Byte b is id b + 3, so "a" is 100, "b" is 101, and a space, which the first word gets as well,
+    is 35:
 
     >>> Tokenizer([(100, 101)]).encode("aab ab")
     [35, 100, 259, 35, 259]
 
-    Every byte has an id, so every string has an encoding, and decode(encode(s)) == s. No text becomes an id below 3.
+    Every byte has an id, so every string has an encoding, and decode(encode(s)) == s. No text
+    becomes an id below 3. Raises ValueError for merges that no training could have learnt.
     """
 
-    # A word takes the space before it along. Words end at 32 characters, so that no input can make merging slow.
-    WORD = re.compile(r" ?\w{1,32}| ?[^\w\s]{1,32}|\s{1,32}(?!\S)|\s")
+    # A word takes the space before it along. Words end at 32 characters, so that no input can make
+    # merging slow. A mark that follows no letter counts as a symbol: an emoji keeps its marks.
+    MARKS = combining_marks()
+    WORD = re.compile(rf" ?\w[\w{MARKS}]{{0,31}}| ?[^\w\s]{{1,32}}|\s{{1,32}}(?!\S)|\s")
+    LONGEST = 33 * 4                    # bytes of a word: 33 characters of at most four
 
     def __init__(self, merges):
         self.merges = [(int(a), int(b)) for a, b in merges]
-        self.bytes = [b""] * 3 + [bytes([i]) for i in range(256)]      # id -> the bytes it stands for
+        self.bytes = [b""] * 3 + [bytes([i]) for i in range(256)]      # id -> its bytes
         for i, (a, b) in enumerate(self.merges):
-            if not (3 <= a < 259 + i and 3 <= b < 259 + i) or len(self.bytes[a] + self.bytes[b]) > 33 * 4:
-                raise ValueError(f"merge {i} joins ids {a} and {b}, expected earlier ones, of few bytes")
-            self.bytes.append(self.bytes[a] + self.bytes[b])            # of any number, 60 merges would fill all memory
+            if not (3 <= a < 259 + i and 3 <= b < 259 + i):
+                raise ValueError(f"merge {i} joins ids {a} and {b}, expected two from before it")
+            data = self.bytes[a] + self.bytes[b]
+            # Without a limit, 60 merges in a hostile file, each twice the last, fill all memory.
+            if len(data) > self.LONGEST:
+                raise ValueError(f"merge {i} makes {len(data)} bytes, at most {self.LONGEST} fit")
+            self.bytes.append(data)
         self.joined = {pair: 259 + i for i, pair in enumerate(self.merges)}
-        self.cache = {}                                                 # word -> its ids: text repeats its words
+        self.cache = {}                 # word -> its ids: text repeats its words
 
     def __len__(self):
         return len(self.bytes)
 
     @classmethod
     def words(cls, text):
-        """Text cut into the pieces that merges never cross; the first gets a space, as in the middle of a sentence."""
+        """Text cut into the pieces that merges never cross.
+
+        The first gets a space, so that it is the same word as in the middle of a sentence.
+        """
         return cls.WORD.findall(" " + text) if text else []
 
     @classmethod
     def train(cls, lines, vocab_size):
-        """Learns merges from strings, or a Counter of words, until there are vocab_size ids or no pair occurs twice.
+        """Learns merges from strings, or from a Counter of words.
 
-        The most frequent pair of neighbours is merged, again and again; of equals, the pair with the smaller ids. To
-        count all pairs anew each time would take hours. A merge changes the counts only in the words it occurs in, so
-        those are remembered (`where`), and a heap gives the next pair; an entry that is out of date goes back into it.
+        The most frequent pair of neighbours is merged, again and again, until there are vocab_size
+        ids, or no pair occurs twice; of equals, the pair with the smaller ids. Raises ValueError
+        for a vocab_size below 259.
+
+        To count all pairs anew for each merge would take hours. So all words stand in one row, each
+        pair knows its places there (`where`), and a merge changes the counts of the neighbours at
+        those places only. A heap gives the next pair. Counts only fall, so an entry that is out of
+        date stands too high, and goes back into the heap.
         """
         if vocab_size < 259:
-            raise ValueError(f"vocab_size must be at least 259 (3 special ids and 256 bytes), got {vocab_size}")
-        counts = lines if isinstance(lines, Counter) else Counter(word for line in lines for word in cls.words(line))
-        words = [[3 + byte for byte in word.encode("utf-8", "surrogatepass")] for word in counts]
-        weights = list(counts.values())
-        total, where = Counter(), defaultdict(set)                      # pair -> occurrences; pair -> words it is in
-        for i, word in enumerate(words):
-            for pair in zip(word, word[1:]):
-                total[pair] += weights[i]
-                where[pair].add(i)
-        heap, merges = [(-n, pair) for pair, n in total.items()], []
+            raise ValueError("vocab_size must be at least 259 (3 special ids and 256 bytes), "
+                             f"got {vocab_size}")
+        counts = lines
+        if not isinstance(lines, Counter):
+            counts = Counter(word for line in lines for word in cls.words(line))
+        row = [0]                       # all words, with a 0 after each
+        weight = [0]                    # how often the word at this place occurs in the text
+        for word, n in counts.items():
+            row += [3 + byte for byte in word.encode("utf-8", "surrogatepass")]
+            row.append(0)
+            weight += [n] * (len(row) - len(weight))
+
+        total = Counter()               # pair -> how often it occurs in the text
+        where = defaultdict(list)       # pair -> the places in the row where it begins
+        for i, pair in enumerate(pairwise(row)):
+            if 0 not in pair:
+                total[pair] += weight[i]
+                where[pair].append(i)
+        heap = [(-n, pair) for pair, n in total.items()]
         heapq.heapify(heap)
+
+        merges = []
+        size = [1] * 259                # id -> how many bytes it has, and so places in the row
         while heap and 259 + len(merges) < vocab_size:
             n, pair = heapq.heappop(heap)
             if -n != total[pair]:
                 heapq.heappush(heap, (-total[pair], pair))
-            elif n < -1:
-                new, grown = 259 + len(merges), set()
-                merges.append(pair)
-                for i in where.pop(pair):
-                    for old in zip(words[i], words[i][1:]):
-                        total[old] -= weights[i]
-                    words[i] = merge(words[i], pair, new)
-                    for fresh in zip(words[i], words[i][1:]):
-                        total[fresh] += weights[i]
-                        if new in fresh:
-                            where[fresh].add(i)
-                            grown.add(fresh)
-                for fresh in grown:
-                    heapq.heappush(heap, (-total[fresh], fresh))
+                continue
+            if n > -2:
+                break                   # no pair occurs twice
+            a, b = pair
+            new = 259 + len(merges)
+            merges.append(pair)
+            size.append(size[a] + size[b])
+            grown = set()
+            for i in where.pop(pair):
+                j = i + size[a]
+                end = i + size[new]
+                if row[i] != a or row[j] != b:
+                    continue            # one of the two has become part of another id
+                left = row[i - 1]
+                right = row[end]
+                # An id stands at its first and at its last place, where its neighbours look.
+                row[j] = 0
+                row[i] = new
+                row[end - 1] = new
+                before = (i - size[left], (left, a), (left, new))
+                after = (i, (b, right), (new, right))
+                for place, old, fresh in (before, after):
+                    if 0 not in fresh:
+                        total[old] -= weight[i]
+                        total[fresh] += weight[i]
+                        where[fresh].append(place)
+                        grown.add(fresh)
+            del total[pair]
+            for fresh in grown:
+                heapq.heappush(heap, (-total[fresh], fresh))
         return cls(merges)
 
     def encode(self, text):
-        """str -> list of ids, no BOS or EOS: each word's bytes, joined by the merge learnt first until none fits."""
+        """str -> list of ids, no BOS or EOS.
+
+        Each word's bytes are joined by the merge that was learnt first, until none fits.
+        """
         ids = []
         for word in self.words(text):
             piece = self.cache.get(word)
             if piece is None:
                 piece = [3 + byte for byte in word.encode("utf-8", "surrogatepass")]
-                while pairs := [pair for pair in zip(piece, piece[1:]) if pair in self.joined]:
+                while pairs := [pair for pair in pairwise(piece) if pair in self.joined]:
                     first = min(pairs, key=self.joined.get)
                     piece = merge(piece, first, self.joined[first])
                 if len(self.cache) < 1_000_000:
@@ -679,310 +1063,671 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """List of ids -> str. Special ids have no text; bytes that are not UTF-8, as a model may write, are U+FFFD."""
-        if not all(0 <= i < len(self.bytes) for i in ids):
-            raise ValueError(f"expected ids from 0 to {len(self.bytes) - 1}, got {min(ids)} to {max(ids)}")
+        """List of ids -> str. Raises ValueError for ids that there are not.
+
+        Special ids have no text. Bytes that are not UTF-8, as a model may write, become U+FFFD.
+        """
+        for i in ids:
+            if not 0 <= i < len(self.bytes):
+                raise ValueError(f"expected ids from 0 to {len(self.bytes) - 1}, got {i}")
         data = b"".join([self.bytes[i] for i in ids]).removeprefix(b" ")
         try:
             return data.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             return data.decode("utf-8", "replace")
 
-# ---- Checkpoints: tensors and plain values, nothing that could run ----------
+# ---- Checkpoints: tensors and plain values, nothing that could run -------------
 
 FORMAT = "attention-is-all-you-need/1"
 
 def write_atomically(path, content):
-    """Puts content, anything torch.save takes, in a file beside path, flushes it to disk, and only then gives it path's
-    name. Whenever the power goes, path is the old file or the new one, whole. Raises OSError with the path."""
-    buffer, path = io.BytesIO(), os.path.realpath(path)
-    torch.save(content, buffer)
-    try:
-        with open(path + ".tmp", "wb") as f:
-            f.write(buffer.getbuffer())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise OSError(error.errno, error.strerror, path) from None      # "No space left on device", and where
+    """Writes content, anything that torch.save takes, so that path is always a whole file.
 
-def save(path, model, tokenizer=None, length_penalty=0.6):
-    """Writes the model with all it takes to translate to one file, atomically. Raises OSError if it can't."""
-    merges = None if tokenizer is None else torch.tensor(tokenizer.merges, dtype=torch.int32).view(-1, 2)
-    on_cpu = {w.data_ptr(): w.detach().cpu() for w in model.state_dict().values()}      # tied weights only once
-    write_atomically(path, {"format": FORMAT, "config": vars(model.config), "merges": merges,
-                            "model": {name: on_cpu[w.data_ptr()] for name, w in model.state_dict().items()},
-                            "length_penalty": length_penalty})
+    The content goes to a file beside path, then to the disk, and only then gets path's name.
+    Whenever the power goes, path is the old file or the new one. Raises OSError with the path.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path = os.path.realpath(path)
+    unfinished = path + ".tmp"
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+        # Python names no path with "No space left on device".
+        raise OSError(error.errno, error.strerror, path) from None
+
+def save(path, model, tokenizer=None, length_penalty=None):
+    """Writes the model, and all it takes to translate with it, to one file, atomically.
+
+    length_penalty: what `translate` will use by default; None: the model's own.
+    Raises OSError if the file can't be written, and ValueError for the packed weights of
+    `for_inference`.
+    """
+    if length_penalty is None:
+        length_penalty = model.length_penalty
+    merges = None
+    if tokenizer is not None:
+        merges = torch.tensor(tokenizer.merges, dtype=torch.int32).view(-1, 2)
+    weights = {}
+    on_cpu = {}                         # address -> copy: tied weights are written only once
+    for name, weight in model.state_dict().items():
+        address = weight.data_ptr()
+        if address not in on_cpu:
+            on_cpu[address] = weight.detach().cpu()
+        plain_name = name.replace("_orig_mod.", "")     # torch.compile puts that before names
+        weights[plain_name] = on_cpu[address]
+    write_atomically(path, {"format": FORMAT, "config": vars(model.config), "model": weights,
+                            "merges": merges, "length_penalty": float(length_penalty)})
 
 def read_checkpoint(path):
-    """The dict that write_atomically wrote, if every bit of it is still right. Raises ValueError in one line if not."""
+    """What write_atomically wrote, if every bit is still right. Raises ValueError, in one line."""
     try:
-        with zipfile.ZipFile(path) as archive:          # torch.load checks no checksum: a flipped bit would be a weight
+        # torch.load compares no checksums, so a flipped bit would become a wrong weight.
+        with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception:       # both raise half a dozen types for bytes that are not their own; the meaning is one
+    except Exception:       # strange bytes raise many types in both, and all mean the same
         raise ValueError(f"{path} is not a checkpoint, or it is damaged") from None
 
 def load(path, device="cpu"):
-    """Reads what `save` wrote. -> (model in eval mode, tokenizer or None). Raises ValueError, one line, if it can't."""
+    """Reads what `save` wrote. -> (model in eval mode, tokenizer or None)
+
+    The model's length_penalty is the one that was saved. Raises ValueError, in one line, if the
+    file can't be read, is damaged or does not fit.
+    """
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, dict) and "optimizers" in checkpoint:
-        other = os.path.join(os.path.dirname(path), "model.pt")
-        raise ValueError(f"{path} is for resuming a training; the model to use is {other}")
+        model_path = os.path.join(os.path.dirname(path), "model.pt")
+        raise ValueError(f"{path} is for resuming a training; the model to use is {model_path}")
     try:
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT!r}, got {checkpoint['format']!r}")
         config = Config(**checkpoint["config"])
         if config.n_encoder_layers + config.n_decoder_layers > len(checkpoint["model"]):
             raise ValueError("the config has more layers than there are weights")
-        with torch.device("meta"):                                      # no memory is taken for sizes not checked yet
+        with torch.device("meta"):      # sizes from a file that may be hostile take no memory
             model = Transformer(config)
         model.load_state_dict(checkpoint["model"], assign=True)
         if config.tied_output:
             model.output.weight = model.embedding.weight
-        tokenizer = None if checkpoint["merges"] is None else Tokenizer(checkpoint["merges"].tolist())
+        model.length_penalty = float(checkpoint.get("length_penalty", model.length_penalty))
+        tokenizer = None
+        if checkpoint["merges"] is not None:
+            tokenizer = Tokenizer(checkpoint["merges"].tolist())
+            if len(tokenizer) > min(config.vocab_size, config.src_vocab_size or math.inf):
+                raise ValueError("the tokenizer has more ids than the model has words")
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit this transformer.py: {str(error).splitlines()[0]}") from None
-    model.length_penalty = checkpoint.get("length_penalty", 0.6)
+        # torch lists the weights that differ over many lines: the first ones tell enough.
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(f"{path} does not fit this transformer.py: {reason}") from None
     return model.to(device).eval(), tokenizer
 
-# ---- A loaded model, made fast on this machine ------------------------------
+# ---- Weights from torch.nn.Transformer and back ---------------------------------
+
+def same_parts(ours, theirs):
+    """The weights and biases of two modules that compute the same. -> [(ours, theirs), ...]"""
+    if theirs.weight is None:           # a norm may have none; only a bias may be missing
+        raise AttributeError(f"{theirs} has none")
+    return [(ours.weight, theirs.weight), (ours.bias, theirs.bias)]
+
+def same_attention(ours, theirs):
+    """W^Q, W^K and W^V lie in one matrix there, in this order. Ours are W^Q, and W^K with W^V."""
+    D = theirs.embed_dim
+    q_bias = None
+    kv_bias = None
+    if theirs.in_proj_bias is not None:
+        q_bias = theirs.in_proj_bias[:D]
+        kv_bias = theirs.in_proj_bias[D:]
+    return [(ours.q.weight, theirs.in_proj_weight[:D]), (ours.q.bias, q_bias),
+            (ours.kv.weight, theirs.in_proj_weight[D:]), (ours.kv.bias, kv_bias),
+            *same_parts(ours.out, theirs.out_proj)]
+
+def same_weights(model, module):
+    """Each weight of our stacks and its place in a torch.nn.Transformer. A bias that only one of
+    them has is None in the other. -> [(ours, theirs), ...]"""
+    pairs = []
+    for ours, theirs in zip(model.encoder, module.encoder.layers, strict=True):
+        pairs += same_attention(ours.self_attn, theirs.self_attn)
+        pairs += same_parts(ours.add_norm1.norm, theirs.norm1)
+        pairs += same_parts(ours.add_norm2.norm, theirs.norm2)
+    for ours, theirs in zip(model.decoder, module.decoder.layers, strict=True):
+        pairs += same_attention(ours.self_attn, theirs.self_attn)
+        pairs += same_attention(ours.cross_attn, theirs.multihead_attn)
+        pairs += same_parts(ours.add_norm1.norm, theirs.norm1)
+        pairs += same_parts(ours.add_norm2.norm, theirs.norm2)
+        pairs += same_parts(ours.add_norm3.norm, theirs.norm3)
+    both = zip((*model.encoder, *model.decoder), (*module.encoder.layers, *module.decoder.layers),
+               strict=True)
+    for ours, theirs in both:
+        pairs += same_parts(ours.ffn.w1, theirs.linear1)
+        pairs += same_parts(ours.ffn.w2, theirs.linear2)
+    if module.encoder.norm is not None:
+        pairs += same_parts(model.encoder_norm, module.encoder.norm)
+        pairs += same_parts(model.decoder_norm, module.decoder.norm)
+    return pairs
+
+@torch.no_grad()
+def from_torch(module, config):
+    """A Transformer with the weights of a torch.nn.Transformer, which has no embeddings: those
+    start fresh.
+
+    Its biases on the projections (attention_bias) and the norms at the end of its post-norm stacks
+    (final_norms), which the paper lacks, come along. Raises ValueError, naming the difference, if
+    it does not fit the config.
+    """
+    layers = [*module.encoder.layers, *module.decoder.layers]
+    has_norm = module.encoder.norm is not None
+    config = replace(config, attention_bias=layers[0].self_attn.in_proj_bias is not None,
+                     final_norms=has_norm and not config.norm_first)
+    # (what, in the config, there)
+    facts = [("d_model", config.d_model, module.d_model), ("n_heads", config.n_heads, module.nhead),
+             ("n_encoder_layers", config.n_encoder_layers, len(module.encoder.layers)),
+             ("n_decoder_layers", config.n_decoder_layers, len(module.decoder.layers)),
+             ("a final norm", config.norm_first or config.final_norms, has_norm),
+             ("a final norm", has_norm, module.decoder.norm is not None)]
+    for layer in layers:
+        is_relu = layer.activation in (F.relu, torch.relu) or isinstance(layer.activation, nn.ReLU)
+        facts += [("norm_first", config.norm_first, layer.norm_first), ("ReLU", True, is_relu),
+                  ("d_ff", config.d_ff, getattr(layer.linear1, "out_features", None)),
+                  ("LayerNorm eps", nn.LayerNorm(1).eps, layer.norm1.eps)]
+    for name, here, there in facts:
+        if here != there:
+            raise ValueError("this torch.nn.Transformer does not fit the config: "
+                             f"{name} is {there} there, {here} here")
+
+    model = Transformer(config)
+    try:
+        pairs = same_weights(model, module)
+    except AttributeError as error:
+        raise ValueError(f"this torch.nn.Transformer lacks a weight: {error}") from None
+    for ours, theirs in pairs:
+        if theirs is not None:
+            ours.copy_(theirs)
+        elif ours is not None:
+            ours.zero_()                # no bias is a bias of zero
+    return model
+
+@torch.no_grad()
+def to_torch(model):
+    """The same encoder and decoder as a torch.nn.Transformer (batch_first), whose inputs are
+    embedded already: (B, S, D) and (B, T, D)."""
+    config = model.config
+    module = nn.Transformer(config.d_model, config.n_heads, config.n_encoder_layers,
+                            config.n_decoder_layers, config.d_ff, config.dropout,
+                            batch_first=True, norm_first=config.norm_first)
+    if not (config.norm_first or config.final_norms):
+        module.encoder.norm = None
+        module.decoder.norm = None
+    module.to(model.embedding.weight)   # its device and dtype
+    for ours, theirs in same_weights(model, module):
+        if ours is not None:
+            theirs.copy_(ours)          # where ours is missing, theirs starts as zero
+    return module.train(model.training)
+
+# Both are methods as well.
+Transformer.from_torch = staticmethod(from_torch)
+Transformer.to_torch = to_torch
+
+# ---- A loaded model, made fast on this machine -----------------------------------
+
+# The fast products of a CPU are private to torch, so any version may lack some of them. They are
+# looked for by name, and where one is missing, the layer stays what it is.
+
+def cpu_has(feature):
+    """Whether this CPU has the feature, as far as this version of torch can say."""
+    question = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return question is not None and question()
 
 def has_bfloat16(device):
-    """Does this device multiply bfloat16 in hardware? Where it only imitates that, float32 is faster."""
+    """Whether the device multiplies bfloat16 in hardware. Where it doesn't, float32 is faster."""
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return cpu_has("avx512_bf16") or cpu_has("amx_tile")
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 def has_int8(device):
-    """Has this build of torch matrix products in 8-bit integers for this device?"""
-    return device.type == "cpu" and torch.backends.quantized.engine != "none"
+    """Whether torch has products of matrices of 8-bit integers for this device."""
+    has_product = hasattr(torch.ops.quantized, "linear_dynamic")
+    return device.type == "cpu" and has_product and torch.backends.quantized.engine != "none"
 
-def packed(linear, dtype, out_dtype):
-    """A Linear layer as a function whose weights lie as a CPU's kernels read them: to sort them anew takes longer than
-    the product of a few rows. In int8 every row of the weights is rounded to a scale of its own, and all inputs of a
-    call to one: so what shares a batch with a sentence can move its numbers, by a rounding."""
-    weight, bias = linear.weight, linear.bias
-    if dtype != "int8":
-        ready, product = torch.ops.mkldnn._reorder_linear_weight(weight, 32), torch.ops.mkldnn._linear_pointwise
-        return lambda x: product(x.to(weight.dtype), ready, bias, "none", [], "").to(out_dtype)
-    scale = weight.abs().amax(1).clamp(min=1e-8).double() / 127
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                 # torch plans to drop this kind of tensor, but has no other yet
-        weight = torch.quantize_per_channel(weight, scale, torch.zeros_like(scale).long(), 0, torch.qint8)
-    ready, narrow = torch.ops.quantized.linear_prepack(weight, bias), not torch.cpu._is_vnni_supported()
-    return lambda x: torch.ops.quantized.linear_dynamic(x, ready, narrow)       # narrow: sums of products in 16 bits
+def has_packed(device, dtype):
+    """Whether torch has products with packed weights of this dtype for this device."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    has_avx = "AVX" in torch.backends.cpu.get_cpu_capability()
+    return has_avx and (dtype == "float32" or has_bfloat16(device))
+
+class PackedLinear(nn.Module):
+    """A Linear layer whose weights lie in the order in which a CPU's kernels read them.
+
+    To sort the weights at every call would take longer than the product of a few rows. In int8
+    each row of the weights is rounded with a scale of its own, and all inputs of a call with one.
+    That scale comes from the largest input, so a sentence's numbers depend, by a rounding, on the
+    rest of its batch.
+    """
+
+    def __init__(self, linear, dtype, out_dtype):
+        super().__init__()
+        self.int8 = dtype == "int8"
+        self.in_dtype = linear.weight.dtype
+        self.out_dtype = out_dtype
+        self.bias = linear.bias
+        weight = linear.weight
+        if self.int8:
+            # Without VNNI, sums of products have 16 bits, and so the inputs only 7.
+            self.reduce_range = not cpu_has("vnni")
+            scale = weight.abs().amax(1).clamp(min=1e-8).double() / 127
+            zero = torch.zeros_like(scale).long()
+            with warnings.catch_warnings():
+                # torch plans to drop this kind of tensor, but has no other for the product yet.
+                warnings.simplefilter("ignore")
+                weight = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(weight, self.bias)
+        else:
+            n_rows = 32                 # of inputs, for which the order is best; any number works
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+
+    def forward(self, x):
+        if self.int8:
+            return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
+        x = x.to(self.in_dtype)
+        y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y.to(self.out_dtype)
+
+    def get_extra_state(self):
+        """state_dict() calls this. Packed weights can't be part of one."""
+        raise ValueError("packed weights can't be saved: save the model that for_inference copied")
 
 def for_inference(model, dtype="auto"):
-    """A copy of the model to translate with, in eval mode and on the same device; the model itself stays as it is.
-    dtype: "float32", "bfloat16", "int8" or "auto", else ValueError. "auto" is bfloat16 where the hardware has it, else
-    float32, and so is int8 where has_int8 says no. A copy whose weights are packed can't be trained or saved."""
+    """A copy to translate with, in eval mode, on the same device. The model stays as it is.
+
+    dtype: "float32", "bfloat16", "int8" or "auto", else ValueError. "auto" is bfloat16 where the
+    hardware has it, and float32 elsewhere; "int8" means "auto" where has_int8 says no.
+    On a CPU the weights may be packed. Such a copy can't be trained, and `save` refuses it.
+    """
     device = model.embedding.weight.device
-    if dtype == "auto" or dtype == "int8" and not has_int8(device):
+    if dtype == "auto" or (dtype == "int8" and not has_int8(device)):
         dtype = "bfloat16" if has_bfloat16(device) else "float32"
     if dtype not in ("float32", "bfloat16", "int8"):
         raise ValueError(f"dtype must be float32, bfloat16, int8 or auto, got {dtype!r}")
-    between = torch.bfloat16 if dtype == "bfloat16" else torch.float32          # what flows from product to product
-    fast = copy.deepcopy(model).to(between).eval().requires_grad_(False)
-    on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    packs = on_cpu and "AVX" in torch.backends.cpu.get_cpu_capability() and (dtype == "float32" or has_bfloat16(device))
-    for parent in list(fast.modules()) if packs or dtype == "int8" else []:
+    # What flows from one product to the next.
+    between = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    model = getattr(model, "_orig_mod", model)          # what torch.compile has wrapped
+    # Of packed weights, where the model is such a copy already, torch makes no others.
+    packed = [part.packed for part in model.modules() if isinstance(part, PackedLinear)]
+    fast = copy.deepcopy(model, {id(weight): weight for weight in packed})
+    fast.to(between).eval().requires_grad_(False)
+    if dtype != "int8" and not has_packed(device, dtype):
+        return fast
+    for parent in list(fast.modules()):
         # A subclass of Linear may compute something else, so it stays as it is.
         linears = {name: part for name, part in parent.named_children() if type(part) is nn.Linear}
+        # A CPU is slow with many small products in bfloat16, so attention itself, between its
+        # projections, is in float32. That needs all three of them: they have to fit together.
+        is_attention = linears.keys() == {"q", "kv", "out"}
         for name, linear in linears.items():
-            # A CPU is slow with many small products in bfloat16, so queries, keys and values are float32.
-            wide = name != "out" and linears.keys() == {"q", "kv", "out"}
-            delattr(parent, name)                       # a module gives way to a function
-            setattr(parent, name, packed(linear, dtype, torch.float32 if wide else between))
+            out_dtype = torch.float32 if is_attention and name != "out" else between
+            setattr(parent, name, PackedLinear(linear, dtype, out_dtype))
     return fast
 
-# ---- Translation: text in, text out -----------------------------------------
+# ---- Translation: text in, text out ----------------------------------------------
 
 def pad_rows(rows, device="cpu"):
-    """Lists of ids -> one (B, longest) int64 tensor, filled up with PAD on the right."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, PAD).to(device)
+    """Lists of ids -> (B, longest) int64, filled up with PAD on the right."""
+    rows = [torch.tensor(row) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    return padded.to(device)
 
-def translate(model, tokenizer, lines, beam_size=4, length_penalty=0.6, batch_tokens=4096, n_best=1, max_src=1024):
-    """Translations of a list of strings, in order: [[(text, score), ...n_best], ...]. An empty line stays empty.
-    Sentences of like length go through together, as many as make batch_tokens source ids with padding. Sources are cut
-    after max_src ids: memory grows with the square of the length. Line breaks in a translation become spaces."""
-    max_src = min(max_src, (model.config.learned_positions or math.inf) - 1)            # one is for EOS
-    sources = {i: tokenizer.encode(line)[:max_src] + [EOS] for i, line in enumerate(lines) if line.strip()}
+def translate(model, tokenizer, lines, beam_size=4, length_penalty=None, batch_tokens=25_000,
+              n_best=1, max_src=1024, progress=None):
+    """Translations of a list of strings, in order: [[(text, score), ...n_best], ...].
+
+    An empty line stays empty. Line breaks in a translation become spaces. Sources are cut after
+    max_src ids, since memory grows with the square of the length.
+    length_penalty: None is the model's own.
+    batch_tokens: ids that the sentences of a batch may need together: their sources, and for each
+        hypothesis of the beam a target of the greatest length, source length + 50.
+    progress: a function called after each batch with the number of lines translated so far.
+    Raises ValueError if the tokenizer gives the id PAD to a word.
+    """
+    if length_penalty is None:
+        length_penalty = model.length_penalty
+    if model.config.learned_positions:
+        max_src = min(max_src, model.config.learned_positions - 1)      # one is for EOS
+    sources = {i: tokenizer.encode(line)[:max_src] + [EOS]
+               for i, line in enumerate(lines) if line.strip()}
+    for i, ids in sources.items():
+        if PAD in ids:                  # the model would take it for the end of the sentence
+            raise ValueError(f"expected no id {PAD} for a word, got one in {lines[i]!r}")
     results = [[("", 0.0)] * n_best for _ in lines]
-    order = sorted(sources, key=lambda i: -len(sources[i]))             # longest first: too little memory shows at once
+
+    # Sentences of like length share a batch, so there is little padding. The longest go first: if
+    # the memory is too small, that shows at once.
+    order = sorted(sources, key=lambda i: -len(sources[i]))
+    n_done = len(lines) - len(sources)
     while order:
-        n = max(1, batch_tokens // len(sources[order[0]]))
-        batch, order = order[:n], order[n:]
+        length = len(sources[order[0]])
+        n = max(1, batch_tokens // (length + beam_size * (length + 50)))
+        batch = order[:n]
+        order = order[n:]
         src = pad_rows([sources[i] for i in batch], model.embedding.weight.device)
         ids, scores = beam_search(model, src, beam_size, length_penalty, n_best=n_best)
-        for i, rows, values in zip(batch, ids.view(len(batch), n_best, -1).tolist(), scores.view(-1, n_best).tolist()):
-            results[i] = [(" ".join(tokenizer.decode(row).splitlines()), value) for row, value in zip(rows, values)]
+        ids = ids.view(len(batch), n_best, -1).tolist()
+        scores = scores.view(len(batch), n_best).tolist()
+        for i, rows, values in zip(batch, ids, scores, strict=True):
+            texts = [" ".join(tokenizer.decode(row).splitlines()) for row in rows]
+            results[i] = list(zip(texts, values, strict=True))
+        n_done += len(batch)
+        if progress is not None:
+            progress(n_done)
     return results
+
+# ---- Where the model looks --------------------------------------------------------
+
+def weights_of(attn, x, seen=None, mask=None, causal=False):
+    """The weights of the attention that attn.forward computes from the same arguments."""
+    if seen is None:
+        seen = attn.keys_values(x)
+    if causal:
+        mask = causal_mask(x.size(1), x.device)
+    q = attn.split_heads(attn.q(x))
+    return attention_weights(q, seen[0], mask)
+
+def note_weights(maps, attn, args, options):
+    """A hook that runs before an attention: adds its weights to the list `maps`."""
+    maps.append(weights_of(attn, *args, **options))
 
 @torch.no_grad()
 def attention_maps(model, src, tgt_in):
-    """Who looks at whom, without dropout; every tensor has the layers first, and then a map for each sentence and head.
-    -> {"encoder": (n_encoder_layers, B, H, S, S), "decoder": (n_decoder_layers, B, H, T, T), "cross": (..., T, S)}"""
+    """Who looks at whom, without dropout. (B, S) and (B, T) ids -> a dict of three tensors:
+
+    "encoder": (n_encoder_layers, B, H, S, S)
+    "decoder": (n_decoder_layers, B, H, T, T)
+    "cross":   (n_decoder_layers, B, H, T, S)
+    """
+    model = getattr(model, "_orig_mod", model)          # a compiled model would run without hooks
     maps = {"encoder": [], "decoder": [], "cross": []}
-    weights = lambda attn, x, keys_values, mask=None, causal=False: attention_weights(
-        attn.split_heads(attn.q(x)), keys_values[0], causal_mask(x.size(1), x.device) if causal else mask)
-    with eval_mode(model), contextlib.ExitStack() as hooks:             # at its end, the hooks are gone
+    with contextlib.ExitStack() as hooks, eval_mode(model):     # at the end the hooks are removed
         for name, part in model.named_modules():
             if isinstance(part, MultiHeadAttention):
-                seen = maps["cross" if "cross" in name else name.split(".")[0]]
-                look = lambda attn, args, options, seen=seen: seen.append(weights(attn, *args, **options))
-                hooks.enter_context(part.register_forward_pre_hook(look, with_kwargs=True))
+                kind = "cross" if "cross" in name else name.split(".")[0]
+                hook = partial(note_weights, maps[kind])
+                hooks.enter_context(part.register_forward_pre_hook(hook, with_kwargs=True))
         model(src, tgt_in)
-    return {name: torch.stack(seen) for name, seen in maps.items()}
+    return {name: torch.stack(layers) for name, layers in maps.items()}
+
+def token_text(tokenizer, i, n):
+    """At most n characters that show the token with id i: a dot for each that can't be seen."""
+    if i == EOS:
+        return "</s>"
+    text = tokenizer.bytes[i].decode("utf-8", "replace").strip() or "·"
+    return "".join(c if c.isprintable() else "·" for c in text)[:n]
 
 def draw_attention(model, tokenizer, source, target, max_src=1024):
-    """Where the model looks while it writes target: the cross-attention of its last layer, averaged over the heads, as
-    lines for the terminal. A row is a target token, a column a source token, and darker is more. Two strings -> str"""
-    src, tgt = tokenizer.encode(source)[:max_src] + [EOS], tokenizer.encode(target) + [EOS]
-    rows = [pad_rows([ids], model.embedding.weight.device) for ids in (src, [BOS] + tgt[:-1])]
-    text = lambda i: "</s>" if i == EOS else tokenizer.bytes[i].decode("utf-8", "replace").strip() or "·"
-    names = lambda ids, n: ["".join(c if c.isprintable() else "·" for c in text(i))[:n] for i in ids]
-    columns, wide = names(src, 10), 2 if 2 * len(src) + 17 <= 80 else 1
-    tall = max(map(len, columns))
-    lines = [" " * 17 + "".join(name.rjust(tall)[row].ljust(wide) for name in columns) for row in range(tall)]
-    for name, weights in zip(names(tgt, 16), attention_maps(model, *rows)["cross"][-1, 0].float().mean(0).tolist()):
-        lines.append(f"{name:>16} " + "".join(" ░▒▓█"[min(4, int(w * 5))] * wide for w in weights))
+    """Where the model looks while it writes the target, as lines for a terminal. Two str -> str
+
+    A row is a token of the target, a column a token of the source, and darker means a larger
+    weight: those of the last layer's cross-attention, averaged over its heads.
+    """
+    device = model.embedding.weight.device
+    src = tokenizer.encode(source)[:max_src] + [EOS]
+    tgt = tokenizer.encode(target) + [EOS]
+    src_row = pad_rows([src], device)
+    tgt_in_row = pad_rows([[BOS] + tgt[:-1]], device)
+    cross = attention_maps(model, src_row, tgt_in_row)["cross"]         # (layers, 1, H, T, S)
+    weights = cross[-1, 0].float().mean(0).tolist()                     # T lists of S numbers
+
+    # The names of the columns stand upright, one letter below the other. Where a terminal has the
+    # room, a column is two characters wide.
+    width = 2 if 17 + 2 * len(src) <= 80 else 1
+    columns = [token_text(tokenizer, i, 10) for i in src]
+    height = max(len(name) for name in columns)
+    lines = []
+    for row in range(height):
+        letters = [name.rjust(height)[row].ljust(width) for name in columns]
+        lines.append(" " * 17 + "".join(letters))
+    for i, row in zip(tgt, weights, strict=True):
+        shades = [" ░▒▓█"[min(4, int(w * 5))] * width for w in row]
+        lines.append(f"{token_text(tokenizer, i, 16):>16} " + "".join(shades))
     return "\n".join(line.rstrip() for line in lines)
 
-def read_windows(stream):
-    """Lists of lines from a binary stream, each what one read brings: a file comes in large blocks, and a pipe as it is
-    written, so an endless input is translated as it comes. Only \\n ends a line; bytes not UTF-8 turn U+FFFD."""
-    rest, text = b"", lambda line: line.rstrip(b"\r\n").decode("utf-8", "replace").removeprefix("\ufeff")
-    while block := stream.read1(1 << 19):
-        *lines, rest = (rest + block).split(b"\n")
-        yield [text(line) for line in lines]
-    if rest:
-        yield [text(rest)]
+# ---- The tour: python transformer.py ----------------------------------------------
 
-# ---- The tour: python transformer.py ----------------------------------------
+def show_shape(what, x):
+    print(f"  {what:<44} {tuple(x.shape)}")
 
 def tour():
-    """A small model, step by step, with every claim checked. Raises AssertionError if one does not hold."""
+    """A small model, step by step, with every claim checked.
+
+    Raises AssertionError if one does not hold.
+    """
     torch.manual_seed(0)
-    show = lambda what, x: print(f"  {what:<44} {tuple(x.shape)}")
-    config = Config(vocab_size=11, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2, n_decoder_layers=2, dropout=0)
+    config = Config(vocab_size=11, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2,
+                    n_decoder_layers=2, dropout=0.0)
     model = Transformer(config).eval()
     src = torch.tensor([[3, 4, 5, 6, 7, EOS], [8, 9, EOS, PAD, PAD, PAD]])
     tgt = torch.tensor([[BOS, 7, 6, 5, 4, 3, EOS], [BOS, 9, 8, EOS, PAD, PAD, PAD]])
-    tgt_in, tgt_out = tgt[:, :-1], tgt[:, 1:]           # BOS goes in, EOS comes out: each position predicts the next id
+    tgt_in = tgt[:, :-1]
+
     print("The shapes, for 2 sentences of up to 6 ids on either side, D = 32, 4 heads, 11 words")
     with torch.no_grad():
-        show("embedded and placed", x := model.embed(src, model.src_embedding, model.learned_src))
         attn = model.encoder[0].self_attn
-        q, (k, v) = attn.split_heads(attn.q(x)), attn.keys_values(x)
-        show("queries, keys and values, for each head", q)
-        show("mask: which keys are words", mask := (src != PAD)[:, None, None, :])
-        show("attention weights: query by key", weights := attention_weights(q, k, mask))
-        show("memory: the encoder's output", memory := model.encode(src))
-        show("states: the decoder's output", model.decode(tgt_in, memory, src))
-        show("logits: a score for every word", logits := model(src, tgt_in))
-        assert torch.allclose(weights.sum(-1), torch.ones(())) and not weights[1, :, :, 3:].any()
-        changed = tgt_in.index_fill(1, torch.tensor([3]), 10)
-        assert torch.equal(model(src, changed)[:, :3], logits[:, :3]) and not torch.equal(model(src, changed), logits)
-        assert torch.allclose(model(src[1:, :3], tgt_in[1:, :4]), logits[1:, :4], atol=1e-5)
-        assert torch.equal(greedy(model, src), beam_search(model, src, beam_size=1)[0])
-    print("\nChecked: weights sum to 1, and padding gets none; no prediction depends on a later target word;\n"
-          "a sentence gets the same logits alone and in a batch; the cache changes nothing but the time\n"
-          "\nLearning this batch by heart: every target is its source in reverse")
-    optimizer = torch.optim.Adam(model.train().parameters(), lr=3e-3, betas=(0.9, 0.98), eps=1e-9)
-    for step in range(1, 101):
-        logits = model(src, tgt_in)                                             # (B, T, V)
-        loss = F.cross_entropy(logits.transpose(1, 2), tgt_out, ignore_index=PAD)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step in (1, 10, 100):
-            print(f"  step {step:3}  loss {loss.item():.3f}")
-    assert torch.equal(greedy(model, src), tgt_out)
-    print("  greedy decoding writes", *tgt_out.tolist(), "\nAll of it holds. Next: python train.py")
+        x = model.embed(src, model.src_embedding, model.learned_src)
+        show_shape("embedded and placed", x)
+        q = attn.split_heads(attn.q(x))
+        k, v = attn.keys_values(x)
+        show_shape("queries, keys and values, for each head", q)
+        mask = source_mask(src)
+        show_shape("mask: which keys are words", mask)
+        weights = attention_weights(q, k, mask)
+        show_shape("attention weights: query by key", weights)
+        memory = model.encode(src)
+        show_shape("memory: the encoder's output", memory)
+        show_shape("states: the decoder's output", model.decode(tgt_in, memory, src))
+        logits = model(src, tgt_in)
+        show_shape("logits: a score for every word", logits)
 
-# ---- The command line, of this script and of train.py and bench.py -----------
+        print("\nChecked:")
+        assert torch.allclose(weights.sum(-1), torch.ones(()))
+        assert not weights[1, :, :, 3:].any()
+        print("  weights sum to 1, and padding gets none")
+        changed_in = tgt_in.clone()
+        changed_in[:, 3] = 10
+        changed = model(src, changed_in)
+        assert torch.equal(changed[:, :3], logits[:, :3]) and not torch.equal(changed, logits)
+        print("  no prediction depends on a later target word")
+        alone = model(src[1:, :3], tgt_in[1:, :4])
+        assert torch.allclose(alone, logits[1:, :4], atol=1e-5)
+        print("  a sentence gets the same logits alone and in a batch")
+        found, _ = beam_search(model, src, beam_size=1)
+        assert torch.equal(greedy(model, src), found)
+        print("  the cache changes nothing but the time")
+
+    print("\nLearning this batch by heart: every target is its source in reverse")
+    learn_by_heart(model, src, tgt)
+    written = greedy(model, src)
+    assert torch.equal(written, tgt[:, 1:])
+    print("  greedy decoding writes", *written.tolist())
+    print("All of it holds. Next: python train.py")
+
+# ---- The command line, of this script and of train.py and bench.py ---------------
 
 def fail(message):
     """One line for a mistake of the user's, and exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
+def show_help(path):
+    """Prints the docstring and the settings of the script at path, as they stand there."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    about = text.split('"""')[1]
+    names = re.split("\n# ---- (?:end of )?settings.*\n", text)[1]
+    print(about.strip(), names, sep="\n\n")
+
+def to_kind(text, kind):
+    """Text to a bool, int, float or str; it is never run as code. Raises ValueError if it can't
+    be. "~" at the beginning of a str is the home folder: many settings are paths."""
+    if kind is bool:
+        if text not in ("True", "False"):
+            raise ValueError
+        return text == "True"
+    return os.path.expanduser(text) if kind is str else kind(text)
+
 def override(settings, argv, path):
-    """The settings that argv (--name=value) changes, each of the type of its default; nothing is evaluated as code.
-    --help prints the docstring and the settings of the script at path. A mistake costs one line and exit status 2."""
+    """The settings that argv (--name=value) changes, each of the type of its default. -> dict
+
+    --help prints those of the script at path. A mistake costs one line and exit status 2.
+    """
     given = {}
     for arg in argv:
         if arg in ("--help", "-h"):
-            what, names = re.split("\n *# ---- (?:end of )?settings.*\n", open(path, encoding="utf-8").read())[:2]
-            print(what.split('"""')[1].split("\nRead it")[0].strip(), names, sep="\n\n")
+            show_help(path)
             sys.exit(0)
-        name, equals, value = arg.removeprefix("--").partition("=")     # the first "=" only: a value may hold more
+        name, equals, value = arg.removeprefix("--").partition("=")     # a value may hold a "="
         if not arg.startswith("--") or name not in settings:
             near = difflib.get_close_matches(name, settings, 1)
-            fail(f"unknown setting {arg!r}" + (f", did you mean --{near[0]}?" if near else "; --help lists them all"))
-        kind = type(settings[name])
+            advice = f"did you mean --{near[0]}?" if near else "--help lists them all"
+            fail(f"unknown setting {arg!r}, {advice}")
         if not equals:
             fail(f"--{name} needs a value, as in --{name}={settings[name]}")
+        kind = type(settings[name])
         try:
-            given[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
-            if kind is str:                             # "~" is the home folder, in every path
-                given[name] = os.path.expanduser(value)
-        except (KeyError, ValueError):
-            what = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
-            fail(f"--{name} must be {what}, got {value!r}")
+            given[name] = to_kind(value, kind)
+        except ValueError:
+            expected = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
+            fail(f"--{name} must be {expected}, got {value!r}")
     return given
 
-def main(*,
-    # ---- settings ---------------------------------------------------------------
-    checkpoint="",          # a file that train.py wrote; "": the tour
-    beam_size=4,            # hypotheses kept for each sentence; 1 is greedy
-    length_penalty=-1.0,    # its alpha, larger for longer translations; -1: what train.py found best in validation
-    n_best=1,               # translations for each line; above 1 each is printed as line number, score, text, with tabs
-    batch_tokens=4096,      # source ids translated together, padding included
-    max_src=1024,           # source ids after which a line is cut
-    attention=False,        # True draws each translation's attention map under it
-    device="auto",          # cpu, cuda, cuda:1, mps; auto: cuda where there is one
-    dtype="auto",           # float32, bfloat16, int8 (the fastest on a CPU); auto: bfloat16 where the hardware has it
-    # ---- end of settings --------------------------------------------------------
-):
-    if not checkpoint:
-        return tour()
-    if batch_tokens < 1 or max_src < 1 or not 1 <= n_best <= beam_size or not -1 <= length_penalty <= 10:
-        fail("expected batch_tokens, max_src >= 1; 1 <= n_best <= beam_size; and -1 <= length_penalty <= 10")
-    torch.backends.cuda.enable_cudnn_sdp(False)         # it makes a new plan for every new shape: at every step
+# ---- settings ---------------------------------------------------------------
+checkpoint = ""             # a model.pt that train.py wrote; "": the tour
+beam_size = 4               # hypotheses kept for each sentence; 1 is greedy
+length_penalty = -1.0       # its alpha: larger, longer translations; -1: the checkpoint's own
+n_best = 1                  # translations for each line; above 1: line from 0, score, text, tabs
+batch_tokens = 25_000       # ids in work at a time: sources, and all targets at their longest
+max_src = 1024              # source ids after which a line is cut
+show_attention = False      # True draws each translation's attention map under it
+device = "auto"             # cpu, cuda, cuda:1, mps; auto: cuda where there is one
+dtype = "auto"              # float32, bfloat16, int8 (fastest on a CPU); auto: see for_inference
+# ---- end of settings --------------------------------------------------------
+SETTINGS = """checkpoint beam_size length_penalty n_best batch_tokens max_src show_attention device
+    dtype"""
+settings = {name: globals()[name] for name in SETTINGS.split()}
+
+LONGEST_LINE = 1 << 20      # bytes of a line that are kept
+
+def line_text(line):
+    """The text of a line of bytes. What is not UTF-8 becomes U+FFFD."""
+    return line.rstrip(b"\r\n").decode("utf-8", "replace").removeprefix("\ufeff")
+
+def read_windows(stream):
+    """Yields lists of lines from a binary stream: each list is what one read brings.
+
+    A file comes in large blocks, and a pipe as it is written, so an endless input is translated as
+    it comes. Only \\n ends a line. A line ends at LONGEST_LINE: so a file of one endless line takes
+    little memory.
+    """
+    rest = bytearray()                  # the beginning of a line whose end has not come yet
+    while block := stream.read1(1 << 19):
+        *lines, tail = block.split(b"\n")
+        if lines:
+            lines[0] = bytes(rest) + lines[0]
+            yield [line_text(line[:LONGEST_LINE]) for line in lines]
+            rest.clear()
+        rest += tail[:LONGEST_LINE - len(rest)]
+    if rest:
+        yield [line_text(rest)]
+
+def load_to_translate():
+    """The model and the tokenizer that the settings name, ready for this machine."""
+    where = device
+    if device == "auto":
+        where = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model, tokenizer = load(checkpoint, device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+        model, tokenizer = load(checkpoint, where)
         model = for_inference(model, dtype)
-    except (ValueError, RuntimeError, AssertionError) as error:         # the latter two for a device that isn't there
-        fail(f"--device={device} can't be used: " * (not isinstance(error, ValueError)) + str(error).splitlines()[0])
-    if dtype == "int8" and not has_int8(model.embedding.weight.device):
-        print("this device has no products in int8: translating as with --dtype=auto", file=sys.stderr)
+    except ValueError as error:
+        fail(str(error))
+    except (RuntimeError, AssertionError) as error:     # torch's, for a device that isn't there
+        fail(f"--device={device} can't be used: {str(error).splitlines()[0]}")
     if tokenizer is None:
         fail(f"{checkpoint} holds no tokenizer: its model was trained on ids, not on text")
-    # Line by line, so that whoever kills this finds whole lines. "?" is what can't be written in UTF-8.
+    if dtype == "int8" and not has_int8(model.embedding.weight.device):
+        print("this device has no products in int8: translating as with --dtype=auto",
+              file=sys.stderr)
+    return model, tokenizer
+
+def show_progress(n_before, n_done):
+    # The next message starts at the same place, and so takes the place of this one.
+    print(f"{n_before + n_done} lines translated", end="\r", file=sys.stderr, flush=True)
+
+def print_best(number, line, best, model, tokenizer):
+    """The translations of one line: the text alone, or with n_best > 1 a table."""
+    for text, score in best:
+        print(f"{number}\t{score:.4f}\t{text}" if n_best > 1 else text)
+    if show_attention and line.strip():
+        print(draw_attention(model, tokenizer, line, best[0][0], max_src), end="\n\n")
+
+def translate_stdin():
+    """Standard input to standard output, line by line, so that whoever stops it has whole lines."""
+    if batch_tokens < 1 or max_src < 1:
+        fail("expected batch_tokens and max_src of at least 1")
+    if not 1 <= n_best <= beam_size:
+        fail("expected 1 <= n_best <= beam_size")
+    if length_penalty != -1 and not 0 <= length_penalty <= 10:
+        fail("expected length_penalty of -1, or from 0 to 10")
+    model, tokenizer = load_to_translate()
+    longest = max_src
+    reason = "--max_src"
+    if 0 < model.config.learned_positions <= max_src:
+        longest = model.config.learned_positions - 1        # one is for EOS
+        reason = "all positions it has learned"
+    if length_penalty >= 0:
+        model.length_penalty = length_penalty
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it makes a new plan for the shape of each step
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
-    n, alpha = -1, length_penalty if length_penalty >= 0 else model.length_penalty
+
+    n_lines = 0
+    for lines in read_windows(sys.stdin.buffer):
+        for number, line in enumerate(lines, n_lines + 1):
+            # An id is a byte or more, and a character at most four bytes: most need no count.
+            if 4 * len(line) + 1 > longest and len(tokenizer.encode(line)) > longest:
+                print(f"line {number} is cut after {longest} ids ({reason})", file=sys.stderr)
+        progress = None
+        if sys.stderr.isatty() and not sys.stdout.isatty():
+            progress = partial(show_progress, n_lines)
+        results = translate(model, tokenizer, lines, beam_size, None, batch_tokens, n_best,
+                            max_src, progress)
+        for number, (line, best) in enumerate(zip(lines, results, strict=True), n_lines):
+            print_best(number, line, best, model, tokenizer)
+        n_lines += len(lines)
+
+def main():
+    if not checkpoint:
+        return tour()
     try:
-        for lines in read_windows(sys.stdin.buffer):
-            results = translate(model, tokenizer, lines, beam_size, alpha, batch_tokens, n_best, max_src)
-            for n, (line, best) in enumerate(zip(lines, results), n + 1):
-                print(*(f"{n}\t{score:.4f}\t{text}" if n_best > 1 else text for text, score in best), sep="\n")
-                if attention and line.strip():
-                    print(draw_attention(model, tokenizer, line, best[0][0], max_src), end="\n\n")
-    except BrokenPipeError:                                             # the reader has had enough (head, less)
+        translate_stdin()
+    except BrokenPipeError:             # the reader has had enough (head, less)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
+    except ValueError as error:
+        fail(str(error))
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
         fail(f"out of memory: lower --batch_tokens={batch_tokens} or --beam_size={beam_size}")
 
 if __name__ == "__main__":
-    main(**override(main.__kwdefaults__, sys.argv[1:], __file__))
+    globals().update(override(settings, sys.argv[1:], __file__))
+    main()
