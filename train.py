@@ -122,8 +122,9 @@ PAPER = dict(
 
 # The first row that the text fits into counts. The limits are MB of text, both sides together.
 RECIPES = {
-    0.5: dict(SMALL, vocab_size=1000, dropout=0.2, batch_tokens=1024, epochs=120.0,
-              eval_interval=100, checkpoint_interval=100),                       # 4,000 pairs
+    0.5: dict(SMALL, vocab_size=1000, n_encoder_layers=2, n_decoder_layers=2, dropout=0.2,
+              batch_tokens=1024, epochs=120.0, eval_interval=100,
+              checkpoint_interval=100),                                          # 4,000 pairs
     2: dict(SMALL, vocab_size=3000, dropout=0.3, epochs=50.0),                   # 15,000
     15: dict(SMALL, vocab_size=5000, dropout=0.2, epochs=36.0),                  # 100,000
     100: dict(SMALL, vocab_size=10_000, d_model=256, d_ff=1024, dropout=0.2, epochs=20.0,
@@ -150,7 +151,7 @@ SIZES = ("vocab_size", "d_model", "d_ff", "n_heads", "n_encoder_layers", "n_deco
          "norm_first")
 FIXED = (*SIZES, "batch_tokens", "accumulate", "seed", "max_len", "max_ratio", "embedding_decay")
 
-COMPILE_STEPS = 1000        # a run of fewer steps ends sooner without torch.compile
+COMPILE_STEPS = 1500        # a run of fewer steps ends sooner without torch.compile
 DATA_VERSION = 1            # of the form of the prepared text
 STATE_VERSION = 1           # of the form of last.pt
 
