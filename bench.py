@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """
 What you need to believe the numbers: this model and torch.nn.Transformer, on the same ids.
 

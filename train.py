@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """
 Training a Transformer: Section 5 of the paper.
 
