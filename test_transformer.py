@@ -560,13 +560,29 @@ def test_weights_are_found_behind_torch_compile_and_parametrizations():
     assert_same_stacks(transformer.to_torch(compiled(model)), back)
 
 
+class Shifted(nn.Linear):
+    """A subclass of Linear that computes something else, as adapters do."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
 def test_of_a_torch_transformer_only_biases_may_be_missing():
-    changes = {"linear2": nn.Sequential(), "norm1": nn.LayerNorm(16, elementwise_affine=False)}
+    bare_norm = nn.LayerNorm(16, elementwise_affine=False)
+    changes = {"linear2": nn.Sequential(), "norm1": bare_norm, "linear1": Shifted(16, 24)}
     for name, part in changes.items():
         module = torch_module()
         setattr(module.decoder.layers[1], name, part)
-        with raises(ValueError, match="lacks a weight"):
+        with raises(ValueError, match=type(part).__name__):
             Transformer.from_torch(module, Config(**SMALL))
+
+
+def test_what_to_torch_cannot_say_is_refused(model):
+    with raises(ValueError, match="PackedLinear"):
+        for_inference(model, "int8").to_torch()
+    model.encoder[1].ffn.w2 = Shifted(24, 16)
+    with raises(ValueError, match="Shifted"):
+        model.to_torch()
 
 
 def test_norm_orders_are_what_they_say():
@@ -893,6 +909,35 @@ def test_the_picture_of_two_beams_is_what_the_cache_does(model):
     assert cache.visible[0].int().tolist() == rows[2:4]
 
 
+def test_the_step_by_hand_is_what_beam_search_does(model, monkeypatch):
+    """The comment above beam_search: its numbers give its new beam, and its search ends so."""
+    cat, dog, a, the = 3, 4, 5, 6
+    V = model.config.vocab_size
+    first = torch.full((1, 2, V), -99.0)
+    first[0, 0, [a, the]] = torch.tensor([-1.0, -1.5])
+    by_hand = torch.full((1, 2, V), -99.0)
+    by_hand[0, 0, [cat, dog, EOS]] = torch.tensor([-1.6, -2.3, -0.4])
+    by_hand[0, 1, [cat, dog, EOS]] = torch.tensor([-0.5, -1.2, -2.3])
+    certain = torch.full((1, 2, V), -99.0)
+    certain[0, :, EOS] = 0.0
+    asked = []
+
+    def next_log_probs(model, newest, cache):
+        cache.open_position()
+        asked.append(newest.tolist())
+        return [first, by_hand, certain][len(asked) - 1].clone()
+
+    reorder = Mock()
+    monkeypatch.setattr(transformer.Cache, "reorder", reorder)
+    monkeypatch.setattr(transformer, "next_log_probs", next_log_probs)
+    ids, scores = beam_search(model, torch.tensor([[3, EOS]]), 2, 0.6, max_len=10, n_best=2)
+    assert asked[1:] == [[[a, the]], [[cat, cat]]]
+    assert reorder.call_args_list[1].args[0].tolist() == [[1, 0]]
+    assert ids[0, 0].tolist() == [a, EOS, PAD]
+    close(scores[0, 0], torch.tensor(-1.4 / ((5 + 2) / 6) ** 0.6))
+    assert ids[0, 1].tolist() == [the, cat, EOS]
+
+
 def test_decoding_leaves_the_callers_things_alone(src):
     model = small(dropout=0.5).train()
     model.decoder[0].eval()                                 # frozen by the caller, on purpose
@@ -910,11 +955,8 @@ def test_decoding_leaves_the_callers_things_alone(src):
     model(src, ids).sum().backward()                        # no tensor of inference mode gets out
 
 
-class Shifted(nn.Linear):
-    """A subclass of Linear that computes something else, as adapters do."""
-
-    def forward(self, x):
-        return super().forward(x) + 1
+def add_one(part, args, result):
+    return result + 1
 
 
 @pytest.fixture
@@ -922,6 +964,7 @@ def adapted(model):
     """A model with parts that no inference copy may bypass."""
     model.decoder[1].ffn.w1 = Shifted(16, 24)
     model.encoder[0].self_attn.q = Shifted(16, 16, bias=False)
+    model.encoder[1].ffn.w2.register_forward_hook(add_one)
     return model
 
 
@@ -1223,6 +1266,13 @@ def test_a_checkpoint_gives_back_what_was_saved(tmp_path, src, tgt):
     assert torch.equal(again.encoder[0].ffn.w1.weight, model.encoder[0].ffn.w1.weight)
     assert no_tokenizer is None
     assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_a_model_that_could_not_be_loaded_is_not_saved(model, tmp_path):
+    double_weight(model.decoder[0].ffn.w1)
+    with raises(ValueError, match="^.load. could not read this model.*ffn.w1"):
+        transformer.save(tmp_path / "m.pt", model)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_length_penalty_belongs_to_its_model(tmp_path, monkeypatch):

@@ -739,6 +739,19 @@ def pick(rows, index):
     """Whole hypotheses by their numbers. rows: (B, n, L), index: (B, m) -> (B, m, L)"""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.size(2)))
 
+# One step of beam_search by hand, with N = 2 hypotheses and three words. For each hypothesis the
+# model gives each word a log P. Added to the log P of the hypothesis itself, that makes N·V sums:
+#
+#                             "cat"   "dog"     EOS
+#     beam 0  "a"   -1.0       -1.6    -2.3    -0.4     sums  -2.6  -3.3  -1.4
+#     beam 1  "the" -1.5       -0.5    -1.2    -2.3     sums  -2.0  -2.7  -3.8
+#
+# Grow:   the 2N best sums are "a EOS" -1.4, "the cat" -2.0, "a cat" -2.6 and "the dog" -2.7.
+# Retire: "a EOS" has ended, with 2 ids. Its score is -1.4 / penalty(2, 0.6) = -1.4 / 1.10 = -1.28.
+# Keep:   the new beam is "the cat" and "a cat". Their parents are the beams 1 and 0.
+# Stop:   not yet. With 10 ids "the cat" could still reach -2.0 / penalty(10, 0.6) = -1.15, if
+#         everything after it were certain. That is better than -1.28.
+
 @torch.no_grad()
 def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_len=0, n_best=1):
     """The best translations that a beam can find. §6.1
@@ -1107,7 +1120,7 @@ def save(path, model, tokenizer=None, length_penalty=None):
 
     length_penalty: what `translate` will use by default; None: the model's own.
     Raises OSError if the file can't be written, and ValueError for the packed weights of
-    `for_inference`.
+    `for_inference` and for a model whose parts were replaced by others.
     """
     if length_penalty is None:
         length_penalty = model.length_penalty
@@ -1122,6 +1135,12 @@ def save(path, model, tokenizer=None, length_penalty=None):
             on_cpu[address] = weight.detach().cpu()
         plain_name = name.replace("_orig_mod.", "")     # torch.compile puts that before names
         weights[plain_name] = on_cpu[address]
+    with torch.device("meta"):          # without memory: only the names of its weights count
+        expected = Transformer(model.config).state_dict()
+    strange = sorted(weights.keys() ^ expected.keys())
+    if strange:                         # better now than when the file is needed
+        raise ValueError("`load` could not read this model, which has other weights than a "
+                         f"Transformer: {', '.join(strange[:4])}")
     write_atomically(path, {"format": FORMAT, "config": vars(model.config), "model": weights,
                             "merges": merges, "length_penalty": float(length_penalty)})
 
@@ -1173,22 +1192,33 @@ def load(path, device="cpu"):
 
 # ---- Weights from torch.nn.Transformer and back ---------------------------------
 
+def plain(part):
+    """The part, if it computes what a Linear or a LayerNorm computes. Raises ValueError if not."""
+    part = getattr(part, "_orig_mod", part)             # what torch.compile has wrapped
+    # An adapter inherits from Linear, but it has a forward of its own. A norm may have no weight.
+    is_plain = type(part).forward in (nn.Linear.forward, nn.LayerNorm.forward)
+    if not is_plain or part.weight is None:
+        raise ValueError(f"expected a Linear or LayerNorm with its weight, got {part}")
+    return part
+
 def same_parts(ours, theirs):
-    """The weights and biases of two modules that compute the same. -> [(ours, theirs), ...]"""
-    if theirs.weight is None:           # a norm may have none; only a bias may be missing
-        raise AttributeError(f"{theirs} has none")
+    """The weights and biases of two parts that compute the same. -> [(ours, theirs), ...]"""
+    ours = plain(ours)
+    theirs = plain(theirs)
     return [(ours.weight, theirs.weight), (ours.bias, theirs.bias)]
 
 def same_attention(ours, theirs):
     """W^Q, W^K and W^V lie in one matrix there, in this order. Ours are W^Q, and W^K with W^V."""
     D = theirs.embed_dim
+    q = plain(ours.q)
+    kv = plain(ours.kv)
     q_bias = None
     kv_bias = None
     if theirs.in_proj_bias is not None:
         q_bias = theirs.in_proj_bias[:D]
         kv_bias = theirs.in_proj_bias[D:]
-    return [(ours.q.weight, theirs.in_proj_weight[:D]), (ours.q.bias, q_bias),
-            (ours.kv.weight, theirs.in_proj_weight[D:]), (ours.kv.bias, kv_bias),
+    return [(q.weight, theirs.in_proj_weight[:D]), (q.bias, q_bias),
+            (kv.weight, theirs.in_proj_weight[D:]), (kv.bias, kv_bias),
             *same_parts(ours.out, theirs.out_proj)]
 
 def same_weights(model, module):
@@ -1245,11 +1275,7 @@ def from_torch(module, config):
                              f"{name} is {there} there, {here} here")
 
     model = Transformer(config)
-    try:
-        pairs = same_weights(model, module)
-    except AttributeError as error:
-        raise ValueError(f"this torch.nn.Transformer lacks a weight: {error}") from None
-    for ours, theirs in pairs:
+    for ours, theirs in same_weights(model, module):
         if theirs is not None:
             ours.copy_(theirs)
         elif ours is not None:
@@ -1370,8 +1396,10 @@ def for_inference(model, dtype="auto"):
     if dtype != "int8" and not has_packed(device, dtype):
         return fast
     for parent in list(fast.modules()):
-        # A subclass of Linear may compute something else, so it stays as it is.
-        linears = {name: part for name, part in parent.named_children() if type(part) is nn.Linear}
+        # A subclass of Linear may compute something else, and so does one with hooks: they stay.
+        linears = {name: part for name, part in parent.named_children()
+                   if type(part) is nn.Linear
+                   and not part._forward_hooks and not part._forward_pre_hooks}
         # A CPU is slow with many small products in bfloat16, so attention itself, between its
         # projections, is in float32. That needs all three of them: they have to fit together.
         is_attention = linears.keys() == {"q", "kv", "out"}
