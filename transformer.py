@@ -6,8 +6,8 @@ https://arxiv.org/abs/1706.03762) in one file.
     python transformer.py           # a guided tour that checks itself, in seconds
     python transformer.py --checkpoint=out/model.pt < in.txt > out.txt  # translate, line by line
 
-Read it from top to bottom: whatever a line of code uses is defined above it. This is Figure 1, with
-the names of this file. Data flows upwards; the names are explained where they come:
+Read it from top to bottom: what a function or a class uses is defined above it. This is Figure 1,
+with the names of this file. Data flows upwards; the names are explained where they come:
 
                                                    logits (B, T, V)
                                                       ↑  output: the embedding matrix, transposed
@@ -22,10 +22,10 @@ the names of this file. Data flows upwards; the names are explained where they c
 The encoder reads the source once. The decoder then writes the target one token at a time, and looks
 at the source through cross-attention. Tokens are ids: whole numbers below V.
 
-Each axis of a tensor has one letter, and the letter means nothing else: B batch (sentences), S
-source length, T target length, D d_model (the width), H heads, V vocabulary, and in decoding N
-beams (the hypotheses kept for each sentence) and L the length of the longest result. The width of
-one head has the paper's name: d_k, which is D/H.
+Each axis of a tensor has one letter: B batch (sentences), S source length, T target length, D
+d_model (the width), H heads, V vocabulary, and in decoding N beams (the hypotheses kept for each
+sentence) and L the length of the longest result. Inside attention, T counts the queries and S the
+keys. The width of one head has the paper's name: d_k, which is D/H.
 """
 
 import contextlib
@@ -104,8 +104,9 @@ def sinusoids(positions, d_model):
 
     Attention is a sum over a set: without this, "dog bites man" and "man bites dog" would be the
     same sentence. Each pair of columns, a sine and a cosine, is a clock hand with its own speed. To
-    move by n positions turns each hand by a fixed angle, wherever one starts. That is one fixed
-    matrix product, so a layer can learn to look n words back. A formula works for any length.
+    move by n positions turns each hand by a fixed angle, wherever one starts, and such a turn is a
+    matrix product. A layer can learn a matrix that turns its queries so, and then each query
+    resembles what stands n words back. And a formula works for any length.
     """
     two_i = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32)
     frequency = torch.exp(two_i * (-math.log(10000.0) / d_model))   # (D/2,) = 10000^(-2i/D)
@@ -152,8 +153,9 @@ def source_mask(src):
     src: (B, S) ids -> (B, 1, 1, S), which broadcasts over heads and queries
 
     A batch can hold a row of nothing but padding, an empty sentence. Its queries would have no key
-    left, and the average of nothing is 0/0 = NaN. So in such a row everything is visible. No harm
-    is done: what is read there is only padding, of which `Transformer.encode` makes zeros.
+    left, and the average of nothing is 0/0 = NaN. So in such a row everything is visible. With that
+    done here, once, no layer has to look for such queries. And no harm is done: what is read there
+    is only padding, of which `Transformer.encode` makes zeros.
     """
     is_word = src != PAD                                            # (B, S)
     empty = ~is_word.any(-1, keepdim=True)                          # (B, 1)
@@ -164,7 +166,7 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def attention_weights(q, k, mask=None):
-    """The share of each value in the average of each query: softmax(q·kᵀ / √d_k), in Eq. 1.
+    """For each query, the share that each value has in its average: softmax(q·kᵀ / √d_k), in Eq. 1.
 
     q: (..., T, d_k), k: (..., S, d_k), mask: broadcasts to the result -> (..., T, S), float32 or
     better. A row sums to 1. One query and three keys with d_k = 4: the products q·k are 2, 0 and 4.
@@ -175,8 +177,8 @@ def attention_weights(q, k, mask=None):
     >>> attention_weights(q, k)
     tensor([[0.2447, 0.0900, 0.6652]])
 
-    With the third key masked, the other two share its part. A query that may attend to nothing gets
-    nothing but zeros:
+    With the third key masked, the other two share its part. The masks of this file leave each query
+    a key, but others may not. Then all shares are zero:
 
     >>> attention_weights(q, k, mask=torch.tensor([[True, True, False]]))
     tensor([[0.7311, 0.2689, 0.0000]])
@@ -212,13 +214,13 @@ def attention_by_definition(q, k, v, mask=None):
 MAX_WEIGHTS_ON_CPU = 512 * 512
 
 def attention(q, k, v, mask=None, causal=False, blind_queries=True):
-    """The same, faster.
+    """The same, faster: skip it at first reading.
 
     A fused kernel is one program for the whole formula. It works block by block and never writes
     all weights to memory. Shapes are those of attention_by_definition. causal=True adds
     causal_mask(T) to the mask. blind_queries=False promises that the mask leaves each query at
-    least one key, which saves a GPU some work in every layer. Raises ValueError for causal=True if
-    T and S differ.
+    least one key, as the masks of this file do: that saves a GPU some work in every layer. Raises
+    ValueError for causal=True if T and S differ.
     """
     T = q.size(-2)
     S = k.size(-2)
@@ -228,7 +230,7 @@ def attention(q, k, v, mask=None, causal=False, blind_queries=True):
         mask = mask & causal_mask(T, q.device)                      # (..., T, S)
         causal = False
 
-    # What torch.export saves has to serve all lengths, so it cannot choose by them.
+    # torch.export writes one program for sentences of all lengths, so it cannot choose by length.
     may_choose = q.device.type == "cpu" and not torch.compiler.is_exporting()
     if may_choose and T * S <= MAX_WEIGHTS_ON_CPU:
         if causal:
@@ -289,6 +291,7 @@ class MultiHeadAttention(nn.Module):
             seen = self.keys_values(x)
         k, v = seen                                                 # (B, H, S, d_k) each
         q = self.split_heads(self.q(x))                             # (B, H, T, d_k)
+        # No query is blind: source_mask sees to that, and causality lets a position see itself.
         y = attention(q, k, v, mask, causal, blind_queries=False)   # (B, H, T, d_k)
         side_by_side = y.transpose(1, 2).flatten(2)                 # (B, T, D)
         return self.out(side_by_side)                           # (B, T, D): W^O mixes the heads
@@ -413,7 +416,7 @@ class Transformer(nn.Module):
         self.src_embedding = self.embedding
         if config.src_vocab_size:
             self.src_embedding = nn.Embedding(config.src_vocab_size, D)
-        self.output = nn.Linear(D, config.vocab_size, bias=False)       # init_weights ties it
+        self.output = nn.Linear(D, config.vocab_size, bias=False)       # tied in init_weights
 
         self.learned_src = None
         self.learned_tgt = None
@@ -434,13 +437,13 @@ class Transformer(nn.Module):
         if config.norm_first or config.final_norms:
             self.encoder_norm = nn.LayerNorm(D)
             self.decoder_norm = nn.LayerNorm(D)
-        self.length_penalty = 0.6       # of translations, by default (§6.1)
+        self.length_penalty = 0.6       # what `translate` takes, unless told otherwise (§6.1)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Ties the output and sets every weight, here and nowhere else, so no two layers start with
-        the same numbers.
+        """Ties the output, and sets every weight anew. Each matrix draws its own numbers, so no two
+        layers start the same.
 
         A model that was made without memory, on the meta device, needs it again after `to_empty`.
         """
@@ -550,11 +553,12 @@ def learn_by_heart(model, src, tgt, n_steps=100):
 # ---- §6.1 Decoding -----------------------------------------------------------
 #
 # First what it is (greedy), then the same without computing anything twice (Cache), then several
-# guesses at once (beam_search).
+# guesses at once (beam_search). At first reading you may stop after greedy: with it the model is
+# complete.
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """`with eval_mode(model):` is without dropout.
+    """Inside `with eval_mode(model):` dropout is off.
 
     Afterwards each part is as it was before, even after an error.
     """
@@ -569,8 +573,9 @@ def eval_mode(model):
 def length_limits(model, src, max_len, min_len=0):
     """How many ids, EOS included, each translation may have. -> (B,)
 
-    That is max_len, or for None the length of its source + 50, as in §6.1. Raises
-    ValueError if max_len leaves no room for EOS or is below min_len.
+    That is max_len, or for None the length of its source + 50, as in §6.1, and in any case no more
+    than the positions that the model has learned. Raises ValueError if max_len leaves no room for
+    EOS or is below min_len.
     """
     lengths = (src != PAD).sum(1)                                   # (B,)
     if max_len is None:
@@ -640,7 +645,7 @@ class Cache:
     """
 
     def __init__(self, model, memory, src, n_beams, max_len):
-        """Takes all its memory once, for max_len steps. memory: (B, S, D), model.encode(src)"""
+        """Takes memory for max_len steps. memory: (B, S, D), model.encode(src)"""
         self.n_beams = n_beams
         self.length = 0
         self.mask = None                # (B, 1, N, keys so far), of the step that is under way
@@ -712,8 +717,8 @@ def next_log_probs(model, newest, cache):
 
     newest: (B, N) ids -> (B, N, V), float32
 
-    This is Transformer.decode for one position. Where that one computes keys and values, this one
-    asks the cache.
+    This is Transformer.decode for one position. The keys and values of all earlier positions, and
+    those of the source, come from the cache.
     """
     cache.open_position()
     # All N tokens of a sentence stand at the same position, so for `embed` they are N sequences of
@@ -747,10 +752,10 @@ def pick(rows, index):
 #     beam 1  "the" -1.5       -0.5    -1.2    -2.3     sums  -2.0  -2.7  -3.8
 #
 # Grow:   the 2N best sums are "a EOS" -1.4, "the cat" -2.0, "a cat" -2.6 and "the dog" -2.7.
-# Retire: "a EOS" has ended, with 2 ids. Its score is -1.4 / penalty(2, 0.6) = -1.4 / 1.10 = -1.28.
+# Retire: "a EOS" has ended, with 2 ids. Its score is -1.4 / penalty(2, 0.6) = -1.4 / 1.097 = -1.28.
 # Keep:   the new beam is "the cat" and "a cat". Their parents are the beams 1 and 0.
-# Stop:   not yet. With 10 ids "the cat" could still reach -2.0 / penalty(10, 0.6) = -1.15, if
-#         everything after it were certain. That is better than -1.28.
+# Stop:   not yet. If 10 ids are the limit, and all that follows "the cat" were certain, it could
+#         still reach -2.0 / penalty(10, 0.6) = -2.0 / 1.733 = -1.15. That is better than -1.28.
 
 @torch.no_grad()
 def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_len=0, n_best=1):
@@ -764,7 +769,8 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
     src: (B, S) ids, each row words, EOS, then PAD; PAD within a row is masked like padding.
     beam_size: N; with 1 this is greedy decoding. max_len and min_len count ids with EOS;
     max_len=None is the paper's limit, source length + 50, and no translation is longer than the
-    positions that a model has learned. A translation does not depend on the other sentences.
+    positions that a model has learned. A translation does not depend on the other sentences of the
+    batch (but for the roundings of an int8 copy).
 
     Returns ids, (B, L) int64 without BOS, each row ending with EOS, then PAD, and float32 scores,
     (B,). With n_best > 1 both get an axis after the first, best first: (B, n_best, L) and (B,
@@ -804,7 +810,8 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             # one of its words only, EOS. So at most N of the 2N end here, and N are left to go on.
             word_log_prob = next_log_probs(model, newest, cache)    # (B, N, V)
             word_log_prob[..., :EOS] = -math.inf                # PAD and BOS are never proposed
-            if length in stops:                                     # at its limit it can only end
+            # At its limit a sentence can only end. (No limit that was given is below min_len.)
+            if length in stops:
                 at_limit = (limits == length)[:, None, None]        # (B, 1, 1)
                 word_log_prob[..., EOS + 1:].masked_fill_(at_limit, -math.inf)
             elif length < min_len:
@@ -817,9 +824,10 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             grown[:, :, length - 1] = word
             ends = word == EOS                                      # (B, 2N)
 
-            # Retire those that end, if they are among the N best: with N = 1, greedy, EOS must be
-            # the best word of all. They and those that ended before stand in one list, and the
-            # n_best of it stay. What has not ended is in the list too, with a score of -inf.
+            # Retire those that end among the N best. What ends below them is dropped: a beam holds
+            # N, and only because some of these end were 2N looked at. (With N = 1 this is greedy:
+            # EOS must be the best word of all.) They and those that ended before stand in one list,
+            # and the n_best of it stay. What has not ended has a score of -inf there.
             score = torch.where(ends, grown_log_prob / penalty(length, length_penalty), -math.inf)
             rivals = torch.cat((best[sentence], grown[:, :N]), 1)   # (B, n_best + N, longest)
             rival_score = torch.cat((best_score[sentence], score[:, :N]), 1)    # (B, n_best + N)
@@ -836,7 +844,8 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             # Stop when nothing that still grows can win. log P is negative, and it only falls.
             # Divided by a larger penalty it is a better score (-6/2 = -3 is better than -6/1). So
             # the best score in reach is today's log P divided by the largest penalty ahead: that
-            # of the longest hypothesis or, where alpha is negative, that of the next step.
+            # of the longest hypothesis. With a negative alpha penalties fall with the length, and
+            # the largest ahead is that of the next step.
             largest = penalty(limits.float(), length_penalty)                           # (B,)
             largest = largest.clamp(min=penalty(length + 1, length_penalty))
             done = winner_score[:, -1] >= log_prob[:, 0] / largest                      # (B,)
@@ -846,8 +855,8 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             if n_done == len(done):
                 break
 
-            # A finished sentence finds nothing more. Moving the others together costs time, so
-            # finished ones leave when they are a quarter of the batch.
+            # A finished sentence finds nothing more: with a log P of -inf it stays done. Moving
+            # the others together costs time, so the finished leave when they are a quarter of all.
             log_prob.masked_fill_(done[:, None], -math.inf)
             if 4 * n_done >= len(done):
                 left = (~done).nonzero().squeeze(1)             # numbers of the rows that go on
@@ -1040,7 +1049,8 @@ class Tokenizer:
                     continue            # one of the two has become part of another id
                 left = row[i - 1]
                 right = row[end]
-                # An id stands at its first and at its last place, where its neighbours look.
+                # An id stands at its first and at its last place, where its neighbours look; what
+                # lies between is out of date. "abc" becomes [ab, ab, c], and then [abc, ab, abc].
                 row[j] = 0
                 row[i] = new
                 row[end - 1] = new
@@ -1078,7 +1088,8 @@ class Tokenizer:
     def decode(self, ids):
         """List of ids -> str. Raises ValueError for ids that there are not.
 
-        Special ids have no text. Bytes that are not UTF-8, as a model may write, become U+FFFD.
+        Special ids have no text. Bytes that are not UTF-8, as a model may write, become U+FFFD, but
+        lone surrogates stay what they are.
         """
         for i in ids:
             if not 0 <= i < len(self.bytes):
@@ -1152,6 +1163,8 @@ def read_checkpoint(path):
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:       # strange bytes raise many types in both, and all mean the same
@@ -1274,7 +1287,7 @@ def from_torch(module, config):
             raise ValueError("this torch.nn.Transformer does not fit the config: "
                              f"{name} is {there} there, {here} here")
 
-    model = Transformer(config)
+    model = Transformer(config).to(next(module.parameters()))       # its device and dtype
     for ours, theirs in same_weights(model, module):
         if theirs is not None:
             ours.copy_(theirs)
@@ -1299,7 +1312,7 @@ def to_torch(model):
             theirs.copy_(ours)          # where ours is missing, theirs starts as zero
     return module.train(model.training)
 
-# Both are methods as well.
+# People expect both as methods. They stand down here because the model does not need them.
 Transformer.from_torch = staticmethod(from_torch)
 Transformer.to_torch = to_torch
 
@@ -1379,7 +1392,8 @@ def for_inference(model, dtype="auto"):
 
     dtype: "float32", "bfloat16", "int8" or "auto", else ValueError. "auto" is bfloat16 where the
     hardware has it, and float32 elsewhere; "int8" means "auto" where has_int8 says no.
-    On a CPU the weights may be packed. Such a copy can't be trained, and `save` refuses it.
+    On a CPU the weights may be packed. Such a copy can't be trained, `save` refuses it, and so does
+    this function, with ValueError: copy the model itself again.
     """
     device = model.embedding.weight.device
     if dtype == "auto" or (dtype == "int8" and not has_int8(device)):
@@ -1389,9 +1403,9 @@ def for_inference(model, dtype="auto"):
     # What flows from one product to the next.
     between = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     model = getattr(model, "_orig_mod", model)          # what torch.compile has wrapped
-    # Of packed weights, where the model is such a copy already, torch makes no others.
-    packed = [part.packed for part in model.modules() if isinstance(part, PackedLinear)]
-    fast = copy.deepcopy(model, {id(weight): weight for weight in packed})
+    if any(isinstance(part, PackedLinear) for part in model.modules()):
+        raise ValueError("this is a copy that for_inference made: give it the model itself")
+    fast = copy.deepcopy(model)
     fast.to(between).eval().requires_grad_(False)
     if dtype != "int8" and not has_packed(device, dtype):
         return fast
@@ -1508,8 +1522,11 @@ def draw_attention(model, tokenizer, source, target, max_src=1024):
     weight: those of the last layer's cross-attention, averaged over its heads.
     """
     device = model.embedding.weight.device
-    src = tokenizer.encode(source)[:max_src] + [EOS]
+    longest = model.config.learned_positions or max_src + 1
+    src = tokenizer.encode(source)[:min(max_src, longest - 1)] + [EOS]
     tgt = tokenizer.encode(target) + [EOS]
+    if model.config.learned_positions:
+        tgt = tgt[:longest]
     src_row = pad_rows([src], device)
     tgt_in_row = pad_rows([[BOS] + tgt[:-1]], device)
     cross = attention_maps(model, src_row, tgt_in_row)["cross"]         # (layers, 1, H, T, S)
@@ -1637,6 +1654,7 @@ def override(settings, argv, path):
             fail(f"--{name} must be {expected}, got {value!r}")
     return given
 
+not_settings = {*globals(), "not_settings"}
 # ---- settings ---------------------------------------------------------------
 checkpoint = ""             # a model.pt that train.py wrote; "": the tour
 beam_size = 4               # hypotheses kept for each sentence; 1 is greedy
@@ -1648,9 +1666,7 @@ show_attention = False      # True draws each translation's attention map under 
 device = "auto"             # cpu, cuda, cuda:1, mps; auto: cuda where there is one
 dtype = "auto"              # float32, bfloat16, int8 (fastest on a CPU); auto: see for_inference
 # ---- end of settings --------------------------------------------------------
-SETTINGS = """checkpoint beam_size length_penalty n_best batch_tokens max_src show_attention device
-    dtype"""
-settings = {name: globals()[name] for name in SETTINGS.split()}
+settings = {name: value for name, value in globals().items() if name not in not_settings}
 
 LONGEST_LINE = 1 << 20      # bytes of a line that are kept
 
