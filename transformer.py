@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Padding, beginning and end of a sentence: the ids that no word may have.
+# Padding, beginning and end of a sentence: these ids are reserved.
 PAD = 0
 BOS = 1
 EOS = 2
@@ -105,8 +105,9 @@ def sinusoids(positions, d_model):
     Attention is a sum over a set: without this, "dog bites man" and "man bites dog" would be the
     same sentence. Each pair of columns, a sine and a cosine, is a clock hand with its own speed. To
     move by n positions turns each hand by a fixed angle, wherever one starts, and such a turn is a
-    matrix product. A layer can learn a matrix that turns its queries so, and then each query
-    resembles what stands n words back. And a formula works for any length.
+    matrix product. These hands are part of every vector that attention compares. So a layer can
+    learn a matrix that turns them n positions back, and then looks there from every position. And a
+    formula works for any length.
     """
     two_i = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32)
     frequency = torch.exp(two_i * (-math.log(10000.0) / d_model))   # (D/2,) = 10000^(-2i/D)
@@ -152,10 +153,10 @@ def source_mask(src):
 
     src: (B, S) ids -> (B, 1, 1, S), which broadcasts over heads and queries
 
-    A batch can hold a row of nothing but padding, an empty sentence. Its queries would have no key
-    left, and the average of nothing is 0/0 = NaN. So in such a row everything is visible. With that
-    done here, once, no layer has to look for such queries. And no harm is done: what is read there
-    is only padding, of which `Transformer.encode` makes zeros.
+    A batch can hold a row of nothing but padding, an empty sentence. Its queries would be blind:
+    with no key to see, a plain softmax is 0/0 = NaN. So in such a row everything is visible. With
+    that done here, once, no layer has to look for blind queries. And no harm is done: what is read
+    there is only padding, of which `Transformer.encode` makes zeros.
     """
     is_word = src != PAD                                            # (B, S)
     empty = ~is_word.any(-1, keepdim=True)                          # (B, 1)
@@ -423,7 +424,7 @@ class Transformer(nn.Module):
         if config.learned_positions:
             self.learned_src = nn.Embedding(config.learned_positions, D)
             self.learned_tgt = nn.Embedding(config.learned_positions, D)
-        # Two modules, so that a program that trains may give each random numbers of its own.
+        # Two modules and not one: train.py replaces them by some that each have one seed a batch.
         self.src_dropout = nn.Dropout(config.dropout)
         self.tgt_dropout = nn.Dropout(config.dropout)
 
@@ -445,7 +446,8 @@ class Transformer(nn.Module):
         """Ties the output, and sets every weight anew. Each matrix draws its own numbers, so no two
         layers start the same.
 
-        A model that was made without memory, on the meta device, needs it again after `to_empty`.
+        A model that was made on PyTorch's meta device has shapes but no numbers: after its method
+        `to_empty` has allocated them, call this.
         """
         if self.config.tied_output:
             self.output.weight = self.embedding.weight  # the same tensor: one gradient, one update
@@ -460,7 +462,7 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 weight.zero_()
             else:
-                weight.fill_(1.0)  # LayerNorm starts by changing nothing but the scale
+                weight.fill_(1.0)  # the learned scale of a LayerNorm starts by changing nothing
 
     def embed(self, ids, embedding, learned, start=0):
         """Embedding · √D + position. §3.4, §3.5
@@ -539,6 +541,7 @@ def learn_by_heart(model, src, tgt, n_steps=100):
     # at once.
     tgt_in = tgt[:, :-1]                    # (B, T): BOS and the words; in short rows EOS, too
     tgt_out = tgt[:, 1:]                    # (B, T): the words and EOS; padding does not count
+    # For so small a model one learning rate will do. A larger one needs a schedule (§5.3).
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.9, 0.98), eps=1e-9)
     model.train()
     for step in range(1, n_steps + 1):
@@ -645,7 +648,7 @@ class Cache:
     """
 
     def __init__(self, model, memory, src, n_beams, max_len):
-        """Takes memory for max_len steps. memory: (B, S, D), model.encode(src)"""
+        """Allocates room for max_len steps. memory: (B, S, D), model.encode(src)"""
         self.n_beams = n_beams
         self.length = 0
         self.mask = None                # (B, 1, N, keys so far), of the step that is under way
@@ -769,8 +772,8 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
     src: (B, S) ids, each row words, EOS, then PAD; PAD within a row is masked like padding.
     beam_size: N; with 1 this is greedy decoding. max_len and min_len count ids with EOS;
     max_len=None is the paper's limit, source length + 50, and no translation is longer than the
-    positions that a model has learned. A translation does not depend on the other sentences of the
-    batch (but for the roundings of an int8 copy).
+    positions that a model has learned. But for roundings, a translation does not depend on the
+    other sentences of the batch.
 
     Returns ids, (B, L) int64 without BOS, each row ending with EOS, then PAD, and float32 scores,
     (B,). With n_best > 1 both get an axis after the first, best first: (B, n_best, L) and (B,
@@ -806,11 +809,12 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
     with eval_mode(model):
         cache = Cache(model, model.encode(src), src, N, longest)
         for length in range(1, longest + 1):
-            # Grow every hypothesis by every word, and take the 2N best. Each hypothesis ends with
-            # one of its words only, EOS. So at most N of the 2N end here, and N are left to go on.
+            # Grow every hypothesis by every word, and take the 2N best. Of the V words only
+            # one, EOS, ends a hypothesis. So at most N of the 2N end here, and N are left to go on.
             word_log_prob = next_log_probs(model, newest, cache)    # (B, N, V)
             word_log_prob[..., :EOS] = -math.inf                # PAD and BOS are never proposed
-            # At its limit a sentence can only end. (No limit that was given is below min_len.)
+            # At its limit a sentence can only end. (A limit below min_len can only be that of the
+            # learned positions, and that is the same for all sentences.)
             if length in stops:
                 at_limit = (limits == length)[:, None, None]        # (B, 1, 1)
                 word_log_prob[..., EOS + 1:].masked_fill_(at_limit, -math.inf)
@@ -827,7 +831,8 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             # Retire those that end among the N best. What ends below them is dropped: a beam holds
             # N, and only because some of these end were 2N looked at. (With N = 1 this is greedy:
             # EOS must be the best word of all.) They and those that ended before stand in one list,
-            # and the n_best of it stay. What has not ended has a score of -inf there.
+            # and the n_best of it stay. What has not ended has a score of -inf there. `best` has a
+            # row for each sentence of src, so best[sentence] are the rows of those still here.
             score = torch.where(ends, grown_log_prob / penalty(length, length_penalty), -math.inf)
             rivals = torch.cat((best[sentence], grown[:, :N]), 1)   # (B, n_best + N, longest)
             rival_score = torch.cat((best_score[sentence], score[:, :N]), 1)    # (B, n_best + N)
@@ -844,8 +849,9 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             # Stop when nothing that still grows can win. log P is negative, and it only falls.
             # Divided by a larger penalty it is a better score (-6/2 = -3 is better than -6/1). So
             # the best score in reach is today's log P divided by the largest penalty ahead: that
-            # of the longest hypothesis. With a negative alpha penalties fall with the length, and
-            # the largest ahead is that of the next step.
+            # of the longest hypothesis. With a negative length_penalty they fall with the length,
+            # and the largest ahead is that of the next step. All n_best are found when the last of
+            # them is as good as what is in reach.
             largest = penalty(limits.float(), length_penalty)                           # (B,)
             largest = largest.clamp(min=penalty(length + 1, length_penalty))
             done = winner_score[:, -1] >= log_prob[:, 0] / largest                      # (B,)
@@ -879,7 +885,7 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
 # ---- Where this differs from the paper, and why (a test holds each point) ----
 #
 # 1. Padding. The paper does not mention it, but a batch needs it: id PAD fills the ends of short
-#    rows. No word attends to it, and the outputs of encoder and decoder are zeros there.
+#    rows. No word of a sentence attends to it, and there the encoder and decoder return zeros.
 # 2. Initial weights, and the ε in LayerNorm. The paper does not say. Matrices are Glorot-uniform;
 #    embeddings are normal with variance 1/D, so that the √D of §3.4 brings them to the scale of
 #    the positions; ε is PyTorch's.
@@ -1049,8 +1055,9 @@ class Tokenizer:
                     continue            # one of the two has become part of another id
                 left = row[i - 1]
                 right = row[end]
-                # An id stands at its first and at its last place, where its neighbours look; what
-                # lies between is out of date. "abc" becomes [ab, ab, c], and then [abc, ab, abc].
+                # An id stands at its first and at its last place, where its neighbours look: "abc"
+                # becomes [ab, ab, c], and then [abc, ab, abc]. What lies between is out of date,
+                # and where a longer second id began, a 0 keeps old pairs from matching again.
                 row[j] = 0
                 row[i] = new
                 row[end - 1] = new
@@ -1415,7 +1422,7 @@ def for_inference(model, dtype="auto"):
                    if type(part) is nn.Linear
                    and not part._forward_hooks and not part._forward_pre_hooks}
         # A CPU is slow with many small products in bfloat16, so attention itself, between its
-        # projections, is in float32. That needs all three of them: they have to fit together.
+        # projections, is in float32. That needs all three of them, which must have one dtype.
         is_attention = linears.keys() == {"q", "kv", "out"}
         for name, linear in linears.items():
             out_dtype = torch.float32 if is_attention and name != "out" else between
@@ -1426,7 +1433,7 @@ def for_inference(model, dtype="auto"):
 
 def pad_rows(rows, device="cpu"):
     """Lists of ids -> (B, longest) int64, filled up with PAD on the right."""
-    rows = [torch.tensor(row) for row in rows]
+    rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     return padded.to(device)
 
@@ -1654,6 +1661,7 @@ def override(settings, argv, path):
             fail(f"--{name} must be {expected}, got {value!r}")
     return given
 
+# All names so far, so that `settings`, below, holds no others than those in between.
 not_settings = {*globals(), "not_settings"}
 # ---- settings ---------------------------------------------------------------
 checkpoint = ""             # a model.pt that train.py wrote; "": the tour
