@@ -1541,6 +1541,13 @@ def test_a_batch_is_what_it_may_need(beam, monkeypatch):
     assert min(needs[:-1]) > 25_000 - needs[0]              # not even one more line had room
 
 
+def test_ids_beyond_the_tokenizers_have_no_text(monkeypatch):
+    search = Mock(return_value=(torch.tensor([[100, 290, 101, EOS]]), torch.zeros(1)))
+    monkeypatch.setattr(transformer, "beam_search", search)
+    [[(text, _)]] = transformer.translate(small(vocab_size=300), Tokenizer([]), ["x"])
+    assert text == "ab"
+
+
 def test_padding_within_a_line_is_refused(model):
     careless = Mock()
     careless.encode.return_value = [4, PAD, 5]

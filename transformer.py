@@ -1474,7 +1474,10 @@ def translate(model, tokenizer, lines, beam_size=4, length_penalty=None, batch_t
         ids = ids.view(len(batch), n_best, -1).tolist()
         scores = scores.view(len(batch), n_best).tolist()
         for i, rows, values in zip(batch, ids, scores, strict=True):
-            texts = [" ".join(tokenizer.decode(row).splitlines()) for row in rows]
+            texts = []
+            for row in rows:
+                known = [i for i in row if i < len(tokenizer)]      # a model may have more ids
+                texts.append(" ".join(tokenizer.decode(known).splitlines()))
             results[i] = list(zip(texts, values, strict=True))
         n_done += len(batch)
         if progress is not None:
