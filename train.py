@@ -47,11 +47,11 @@ batch_tokens = 1280         # source ids, and target ids, of a step on all proce
 accumulate = 0              # micro-batches that a step is cut into; 0: one for each process
 max_steps = 300             # optimizer steps; 0: as many as `epochs` needs
 epochs = 0.0                # passes over the training pairs, if max_steps is 0
-learning_rate = 4e-3        # of Adam after warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
+learning_rate = 3e-3        # of Adam after warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
 muon = 5e-3                 # of Muon, for the matrices of the layers; 0: Adam for all, as the paper
 embedding_decay = 0.0       # AdamW's weight decay of the embeddings; 0: none, as in the paper
-warmup_steps = 50           # steps of linear rise; unless given, at most a tenth of the run
-decay = "linear"            # after warm-up: inverse_sqrt (§5.3), or linear, down to 0
+warmup_steps = 30           # steps of linear rise; unless given, at most a tenth of the run
+decay = "linear"            # of the rate: inverse_sqrt (§5.3); linear: in the second half, to 0
 grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
 average_last = 1            # model.pt is the mean of this many checkpoints (§6.1: 5), if better
 patience = 0                # stop after this many validations in a row that are no better; 0: never
@@ -112,8 +112,8 @@ except ImportError:         # Windows has no such locks
 # from each pair more than Adam does, which counts where pairs are few.
 SMALL = dict(
     max_len=256, d_model=128, d_ff=256, n_encoder_layers=4, n_decoder_layers=4, norm_first=True,
-    batch_tokens=4096, max_steps=0, muon=1e-2, embedding_decay=0.1, warmup_steps=200,
-    eval_interval=500, checkpoint_interval=500, patience=5)
+    batch_tokens=4096, max_steps=0, learning_rate=4e-3, muon=1e-2, embedding_decay=0.1,
+    warmup_steps=200, eval_interval=500, checkpoint_interval=500, patience=5)
 BASE = dict(
     max_len=256, d_model=512, d_ff=2048, n_heads=8, n_encoder_layers=6, n_decoder_layers=6)
 PAPER = dict(
@@ -630,18 +630,20 @@ def to_device(batch, dev):
 # ---- §5.3, §5.4 Schedule and loss ---------------------------------------------------
 
 def learning_rate_at(step, peak):
-    """§5.3, Eq. 3, for steps from 1: a linear rise to the peak, then a fall with 1/√step; or a
-    straight line down, which would reach 0 one step after the last. It falls from step `fall` on.
+    """The rate of a step, from 1 on: a linear rise to the peak, then one of two ways down.
+
+    inverse_sqrt is §5.3, Eq. 3: it falls with 1/√step, and the paper needs no end for it. linear
+    holds the peak for the first half of the run, and then goes straight down, to 0 one step after
+    the last.
 
     Adam's first steps know little of the gradient's size, and large steps ruin a fresh post-norm
     stack. So the rate starts near 0. It ends low for the weights to settle.
     """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
+    rise = step / warmup_steps
     if decay == "linear":
-        left = (max_steps + 1 - step) / (max_steps + 1 - fall)
-        return peak * min(1.0, left)
-    return peak * min(1.0, (fall / step) ** 0.5)
+        left = (max_steps + 1 - step) / (max_steps + 1)
+        return peak * min(1.0, rise, 2 * left)
+    return peak * min(rise, (warmup_steps / step) ** 0.5)
 
 
 def make_optimizers(model, dev):
@@ -994,13 +996,8 @@ if __name__ == "__main__":
     steps_per_epoch = len(plan_epoch(corpus, micro_tokens, seed, 0)) / accumulate
     max_steps = max_steps or max(1, round(epochs * steps_per_epoch))
     learning_rate = learning_rate or (d_model * warmup_steps) ** -0.5          # where Eq. 3 peaks
-    # The rate falls from the end of warm-up on. But the recipe's warm-up is too long for a short
-    # run: there it takes a tenth of the steps, and the peak is held for up to half of them.
-    fall = state["fall"] if state else warmup_steps
-    if not state and "warmup_steps" not in given:
+    if not state and "warmup_steps" not in given:       # the recipe's is too long for a short run
         warmup_steps = max(1, min(warmup_steps, max_steps // 10))
-        fall = max(warmup_steps, min(fall, max_steps // 2))
-    fall = max(fall, warmup_steps)
 
     # ---- model and optimizers ----------------------------------------------------------------
     if world > 1:
@@ -1128,7 +1125,7 @@ if __name__ == "__main__":
                 write_atomically(last_path, {
                     "version": STATE_VERSION, "settings": now, "config": vars(config),
                     "merges": index["merges"], "digests": digests,
-                    "fall": fall, "step": step, "best": best, "n_worse": n_worse, "recent": recent,
+                    "step": step, "best": best, "n_worse": n_worse, "recent": recent,
                     "model": model.state_dict(), "scaler": scaler.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             if not val:

@@ -232,7 +232,9 @@ def attention(q, k, v, mask=None, causal=False, blind_queries=True):
         causal = False
 
     # torch.export writes one program for sentences of all lengths, so it cannot choose by length.
-    may_choose = q.device.type == "cpu" and not torch.compiler.is_exporting()
+    # (torch 2.5 has no is_exporting.)
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    may_choose = q.device.type == "cpu" and not is_exporting()
     if may_choose and T * S <= MAX_WEIGHTS_ON_CPU:
         if causal:
             mask = causal_mask(T, q.device)
