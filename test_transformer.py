@@ -584,6 +584,11 @@ def test_of_a_torch_transformer_only_biases_may_be_missing():
         with raises(ValueError, match=type(part).__name__):
             Transformer.from_torch(module, Config(**SMALL))
 
+    module = torch_module()
+    module.decoder.layers[1].self_attn = nn.Identity()
+    with raises(ValueError, match="lacks a part"):
+        Transformer.from_torch(module, Config(**SMALL))
+
 
 def test_what_to_torch_cannot_say_is_refused(model):
     with raises(ValueError, match="PackedLinear"):

@@ -1297,7 +1297,11 @@ def from_torch(module, config):
                              f"{name} is {there} there, {here} here")
 
     model = Transformer(config).to(next(module.parameters()))       # its device and dtype
-    for ours, theirs in same_weights(model, module):
+    try:
+        pairs = same_weights(model, module)
+    except AttributeError as error:
+        raise ValueError(f"this torch.nn.Transformer lacks a part: {error}") from None
+    for ours, theirs in pairs:
         if theirs is not None:
             ours.copy_(theirs)
         elif ours is not None:
