@@ -11,11 +11,12 @@ It writes out_dir/model.pt (to use), out_dir/last.pt (to resume from) and out_di
 Every setting below can be overridden as --name=value. --help prints them.
 
 All that a run carries from step to step is in last.pt: the weights, the optimizers, the number of
-the step, and what it knows of validation. Step n follows from these, the settings, the seed and n:
-its batches come from (seed, epoch), the random numbers of its micro-batch j from (seed, n, j),
-whichever process computes it. So a run that was killed ends like one that was not, and with the
-same --accumulate the number of processes changes nothing but roundings. last.pt is replaced every
-checkpoint_interval steps. Ctrl-C saves it once more and stops; kill the run otherwise.
+the step, what it knows of validation, and the checkpoints it will average. Step n follows from
+these, the settings, the seed and n: its batches come from (seed, epoch), the random numbers of its
+micro-batch j from (seed, n, j), whichever process computes it. So a run that was killed ends like
+one that was not, and with the same --accumulate the number of processes changes nothing but
+roundings. last.pt is replaced every checkpoint_interval steps. On a single process, Ctrl-C and
+SIGTERM save it once more before they end the run.
 """
 
 # ---- settings ---------------------------------------------------------------
@@ -53,14 +54,14 @@ embedding_decay = 0.0       # AdamW's weight decay of the embeddings; 0: none, a
 warmup_steps = 30           # steps of linear rise; unless given, at most a tenth of the run
 decay = "linear"            # of the rate: inverse_sqrt (§5.3); linear: in the second half, to 0
 grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
-average_last = 1            # model.pt is the mean of this many checkpoints (§6.1: 5), if better
+average_last = 1            # model.pt is the mean of so many checkpoints (§6.1: 5), unless worse
 patience = 0                # stop after this many validations in a row that are no better; 0: never
 # evaluation
 log_interval = 50           # steps between progress lines
 eval_interval = 150         # steps between validations
 checkpoint_interval = 150   # steps between checkpoints
 beam_size = 4               # hypotheses for each sentence in the final BLEU (§6.1)
-length_penalty = -1.0       # its exponent, kept in model.pt; -1: the best of 0.6, 1.0 and 1.4
+length_penalty = -1.0       # alpha (§6.1), kept in model.pt; -1: the best of 0.6, 1.0 and 1.4
 # the machine
 seed = 1                    # of weights, batches and dropout
 device = "auto"             # cpu, cuda, cuda:1, mps; auto: cuda where there is one
@@ -233,15 +234,15 @@ def available_cores():
 
 
 def find_device(name, local_rank=0):
-    """The torch.device of that name; "cuda" is this process's own GPU, "auto" too if there is one.
-    Raises ValueError if it can't be used."""
+    """The torch.device of that name. "cuda" is this process's own GPU. "auto" is the same where
+    there is a GPU, and the CPU elsewhere. Raises ValueError if the device can't be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=found).item()
         return found
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device={name} can't be used: {reason}") from None
 
@@ -264,7 +265,8 @@ def why_not_compile(dev):
         torch.compile(lambda x: x + x, dynamic=False)(torch.ones(size, device=dev))
         return ""
     except Exception as error:      # of compilers there are many, and each fails in its own way
-        return str(error).strip().splitlines()[0]
+        text = str(error).strip() or type(error).__name__
+        return text.splitlines()[0]
 
 
 def explain(kind, error, trace):
@@ -273,7 +275,7 @@ def explain(kind, error, trace):
     if kind is KeyboardInterrupt:
         sys.exit(130)
     if kind in (torch.OutOfMemoryError, MemoryError) or "allocate memory" in lines[0]:
-        fail(f"out of memory: raise --accumulate={accumulate}, which cuts a step smaller")
+        fail(f"out of memory; a new run with more than --accumulate={accumulate} would need less")
     if isinstance(error, OSError):
         fail(f"{error}; what was saved before is intact")
     if isinstance(error, ValueError):
@@ -357,6 +359,7 @@ def copy_task(n, seed, without=()):
     return pairs
 
 
+# How files of bzip2, xz, zip, zstd, 7z, lz4 and compress begin.
 COMPRESSED = rb"BZh|\xfd7zXZ|PK\x03\x04|\x28\xb5\x2f\xfd|7z\xbc\xaf|\x04\x22\x4d\x18|\x1f\x9d"
 
 
@@ -371,7 +374,7 @@ def open_text(path):
     Raises ValueError if its first bytes show that it is something else."""
     file = gzip.open(path) if is_gzip(path) else open(path, "rb")
     head = file.peek(1000)[:1000]
-    if re.match(COMPRESSED, head):      # bzip2, xz, zip, zstd, 7z, lz4, compress
+    if re.match(COMPRESSED, head):
         raise ValueError(f"{path} is compressed, expected plain text or gzip: unpack it")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.count(0) > len(head) / 3:
         raise ValueError(f"{path} is UTF-16, expected UTF-8; to convert it: "
@@ -393,25 +396,27 @@ def read_lines(path, damaged):
             yield text.removeprefix("\ufeff")
 
 
-def read_pairs(src, tgt, damaged=None):
+def read_pairs(src_path, tgt_path, damaged=None):
     """(source line, target line), to the end of both files.
     Raises ValueError if the files don't match or can't be read."""
     n = 0
     if damaged is None:
         damaged = []
     try:
-        both = itertools.zip_longest(read_lines(src, damaged), read_lines(tgt, damaged))
-        for x, y in both:
+        src_lines = read_lines(src_path, damaged)
+        tgt_lines = read_lines(tgt_path, damaged)
+        for x, y in itertools.zip_longest(src_lines, tgt_lines):
             if x is None or y is None:
-                short = src if x is None else tgt
-                raise ValueError(f"{src} and {tgt} must have as many lines, "
+                short = src_path if x is None else tgt_path
+                raise ValueError(f"{src_path} and {tgt_path} must have as many lines, "
                                  f"but {short} ends after {n:,}")
             n += 1
             yield x, y
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"cannot read {src} and {tgt} after line {n:,}: {error}") from None
+        files = f"{src_path} and {tgt_path}"
+        raise ValueError(f"cannot read {files} after line {n:,}: {error}") from None
     if n == 0:
-        raise ValueError(f"{src} and {tgt} are empty, expected one sentence a line")
+        raise ValueError(f"{src_path} and {tgt_path} are empty, expected one sentence a line")
 
 
 worker_tokenizer = None             # of a worker process, which turns text into ids
@@ -428,10 +433,16 @@ def start_worker(tokenizer):
 PART = 5000                         # pairs that a worker takes at a time
 
 
+def in_parts(pairs):
+    """Lists of PART pairs, the last one shorter."""
+    while part := list(itertools.islice(pairs, PART)):
+        yield part
+
+
 def on_all_cores(work, pairs, tokenizer=None):
     """work(list of pairs), for all pairs, in order, on every core. It reads a few lists ahead."""
     global worker_tokenizer
-    parts = iter(lambda: list(itertools.islice(pairs, PART)), [])
+    parts = in_parts(pairs)
     first = list(itertools.islice(parts, 2))
     parts = itertools.chain(first, parts)
 
@@ -451,12 +462,17 @@ def on_all_cores(work, pairs, tokenizer=None):
                 fail("a process that prepared text was killed; is there too little memory?")
 
 
+# An id stands for 33 characters at most. A line of more than 33 * max_len is surely too long, so
+# the rest of it need not be read.
+LONGEST_ID = 33
+
+
 def count_words(pairs):
     """First pass over the text: how often each word occurs in these pairs."""
     counts = Counter()
     for pair in pairs:
         for line in pair:
-            counts.update(Tokenizer.words(line[:100 * max_len]))
+            counts.update(Tokenizer.words(line[:LONGEST_ID * max_len]))
     return counts
 
 
@@ -470,8 +486,8 @@ def encode_pairs(pairs):
         if not x.strip() or not y.strip():
             left_out["empty"] += 1
             continue
-        a = worker_tokenizer.encode(x[:100 * max_len])
-        b = worker_tokenizer.encode(y[:100 * max_len])
+        a = worker_tokenizer.encode(x[:LONGEST_ID * max_len])
+        b = worker_tokenizer.encode(y[:LONGEST_ID * max_len])
         short, long = sorted((len(a), len(b)))
         if long >= max_len:
             left_out["too_long"] += 1
@@ -544,6 +560,9 @@ def write_data(folder, made_from, tokenizer):
             left_out.update(reasons)
             n += len(lengths) // 2
             at_work(folder, f"turning text into ids: {n:,} pairs so far")
+        for file in (ids_file, lengths_file):           # on the disk before the index says so
+            file.flush()
+            os.fsync(file.fileno())
     if n == 0:
         reasons = dict(left_out)
         raise ValueError(f"no pair of {src} and {tgt} is fit for training; left out: {reasons}")
@@ -589,8 +608,9 @@ def plan_epoch(corpus, size, seed, epoch):
     n_src = corpus.n_src + 1                            # with EOS
     n_tgt = corpus.n_tgt + 1
 
-    # Neighbours in this order are alike on both sides: groups of two target lengths, and in a group
-    # the source lengths rise, in the next they fall, and so on. Noise shuffles equals.
+    # Neighbours in this order are alike on both sides. It has groups of two target lengths. In one
+    # group the source lengths rise and in the next they fall, so that pairs on the two sides of a
+    # group's end are alike, too. Noise shuffles equals.
     group = n_tgt // 2
     up_or_down = np.where(group % 2, -n_src, n_src)
     order = np.lexsort((up_or_down + rng.random(len(corpus)), group))
@@ -676,8 +696,7 @@ class HashedDropout(nn.Module):
 
     def __init__(self, p):
         super().__init__()
-        # An integer, out of 65536, because torch.compile makes a program for each integer. A float
-        # could get the program that was compiled for another one.
+        # What is kept has a hash of 16 bits below this.
         self.kept = max(1, round((1 - p) * 65536))
         self.seed = torch.zeros((), dtype=torch.int32)          # Loss fills it anew for each batch
 
@@ -744,7 +763,7 @@ class Loss(nn.Module):
             # drawn must not be drawn again, so the seeds come from outside the graph.
             from torch._functorch import config as functorch
             functorch.aggressive_recomputation = True
-        torch._dynamo.config.specialize_float = True    # likewise: a program for each float
+        torch._dynamo.config.specialize_float = True    # a program for each float, never another's
         torch._dynamo.config.optimize_ddp = False       # DDP would cut each part at its buckets
         dropouts = (self.model.src_dropout, self.model.tgt_dropout)
         for part in (*self.model.encoder, *self.model.decoder, *dropouts):
@@ -827,7 +846,8 @@ def translations(model, tokenizer, lines, amp, beam_size, alpha):
     for part in parts[rank::world]:
         texts = [lines[i] for i in part]
         results = translate(fast, tokenizer, texts, beam_size, alpha)
-        for i, ((text, _),) in zip(part, results, strict=True):
+        for i, best in zip(part, results, strict=True):
+            text, _ = best[0]
             found[i] = text
         progress(f"translating: {len(found) * world:,} of {len(lines):,} lines")
     for others in gathered(found):
@@ -836,6 +856,14 @@ def translations(model, tokenizer, lines, amp, beam_size, alpha):
 
 
 # ---- what a run leaves -----------------------------------------------------------------
+
+def open_log(path):
+    """log.jsonl, to be continued. A full disk may have left half a line at its end: that goes."""
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8")
+
 
 def record(log, **values):
     """One line of log.jsonl, if this process writes one."""
@@ -885,9 +913,11 @@ if __name__ == "__main__":
     state = None                                        # of the run to go on with
     trained = None                                      # the model to start from
     tokenizer = None
-    if resume or (restarts and os.path.exists(last_path)):
-        if not os.path.exists(last_path):
-            fail(f"--resume=True, but there is no {last_path}; start without it")
+    has_last = os.path.exists(last_path)
+    # torchrun starts the same command again and again. There, --resume=True may also be the first.
+    if resume and not has_last and world == 1:
+        fail(f"--resume=True, but there is no {last_path}; start without it")
+    if has_last and (resume or restarts):
         state = read_checkpoint(last_path)
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             fail(f"{last_path} is not a checkpoint that this train.py can resume from")
@@ -895,19 +925,22 @@ if __name__ == "__main__":
         for name in ("max_steps", "accumulate", "learning_rate"):
             if given.get(name) == 0:
                 del given[name]
-        refuse_changes(last_path, state["settings"], FIXED, given)
+        # On a restart without --resume=True, a last.pt with other settings is not of this run: an
+        # earlier run has left it, and this one has crashed before it began.
+        fixed = FIXED if resume else settings
+        refuse_changes(last_path, state["settings"], fixed, given)
         for name, value in state["settings"].items():
             known = name in settings and type(value) is type(settings[name])
             if known and name not in ("out_dir", "resume"):
                 globals()[name] = value
         if bool(given.get("muon", muon)) != bool(muon):
             fail(f"{last_path} was made with --muon={muon}, which can't be turned on or off")
-        if given.get("max_steps", 0) > max_steps and decay == "linear":
-            say("a longer run: the linear rate rises again, to where the longer line is")
     elif init_from:
         path = init_from
-        if not os.path.exists(path) and os.path.exists(path + ".old"):
-            path += ".old"                              # rank 0 has renamed it already, see below
+        renamed = model_path + ".old"
+        in_out_dir = os.path.realpath(path) == os.path.realpath(model_path)
+        if restarts and in_out_dir and os.path.exists(renamed):
+            path = renamed                              # by this run, when it started first
         trained, tokenizer = load(path)
         if tokenizer is None or not src:
             fail(f"--init_from={init_from} needs a model of text, and --src and --tgt")
@@ -920,6 +953,14 @@ if __name__ == "__main__":
     if given.get("epochs"):
         max_steps = 0
     check_settings()
+    if state:
+        config = Config(**state["config"])
+    elif trained:
+        config = trained.config
+    else:
+        config = Config(vocab_size, d_model, n_heads, d_ff, n_encoder_layers, n_decoder_layers,
+                        dropout, norm_first)
+    config = replace(config, dropout=dropout)
 
     # ---- this process among the others, and its folder -------------------------------------
     dev = find_device(device, local_rank)
@@ -949,7 +990,6 @@ if __name__ == "__main__":
         fail(f"a micro-batch has {batch_tokens} // {accumulate} = {micro_tokens} ids, fewer than "
              f"--max_len={max_len}: raise --batch_tokens, or lower --accumulate or --max_len")
 
-    log = None
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
         lock = open(os.path.join(out_dir, "lock"), "w")     # held until this process ends
@@ -958,12 +998,8 @@ if __name__ == "__main__":
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another run is writing to {out_dir}; give this one its own --out_dir")
-        if not state and not restarts:      # a new run keeps what an older one has left here
-            for path in (model_path, last_path, log_path):
-                if os.path.exists(path):
-                    os.replace(path, path + ".old")
-                    say(f"an earlier run's {path} is now {path}.old")
-        log = open(log_path, "a", encoding="utf-8")
+        except OSError:                     # a file system without locks
+            pass
 
     # ---- data --------------------------------------------------------------------------------
     val = None                                          # Corpus of the validation text
@@ -971,6 +1007,8 @@ if __name__ == "__main__":
     if src:
         if val_src:                                     # first, so that its mistakes show at once
             val_pairs = list(read_pairs(val_src, val_tgt))
+        if state and state["merges"] is None:
+            fail(f"{last_path} is of the copy task, so no text fits it: leave out --src and --tgt")
         if state:
             tokenizer = Tokenizer(state["merges"])
         say(f"preparing {src} and {tgt} ...")
@@ -995,27 +1033,25 @@ if __name__ == "__main__":
 
     steps_per_epoch = len(plan_epoch(corpus, micro_tokens, seed, 0)) / accumulate
     max_steps = max_steps or max(1, round(epochs * steps_per_epoch))
+    if state and decay == "linear" and max_steps > state["settings"]["max_steps"]:
+        say("a longer run: the learning rate goes back up to where the longer schedule has it")
     learning_rate = learning_rate or (d_model * warmup_steps) ** -0.5          # where Eq. 3 peaks
     if not state and "warmup_steps" not in given:       # the recipe's is too long for a short run
         warmup_steps = max(1, min(warmup_steps, max_steps // 10))
 
     # ---- model and optimizers ----------------------------------------------------------------
     if world > 1:
-        # torchrun keeps one store over its restarts, with what the dead have left in it. So each
+        # torchrun may keep one store over its restarts, with what the dead have left in it. So each
         # restart gets a part of its own.
+        part = str(restarts) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else ""
         timeout = timedelta(seconds=group_timeout)
         store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
         dist.init_process_group(
-            "nccl" if cuda else "gloo", store=dist.PrefixStore(str(restarts), store),
+            "nccl" if cuda else "gloo", store=dist.PrefixStore(part, store),
             rank=rank, world_size=world, timeout=timeout)
         sys.excepthook = explain        # torch has put one around it that loses what is printed
-    if state:
-        config = replace(Config(**state["config"]), dropout=dropout)
-    elif trained:
-        config = replace(trained.config, dropout=dropout)
-    else:
-        config = Config(n_words, d_model, n_heads, d_ff, n_encoder_layers, n_decoder_layers,
-                        dropout, norm_first)
+    if not state and not trained:
+        config = replace(config, vocab_size=n_words)    # a small text has fewer than were asked for
     torch.manual_seed(seed)
     model = Transformer(config)
     if trained:
@@ -1031,7 +1067,7 @@ if __name__ == "__main__":
 
     step = 0
     best = math.inf                                     # the lowest validation nll
-    n_worse = 0                                         # validations since then
+    n_worse = 0                                         # validations since that one
     recent = []                                         # rank 0: the checkpoints to average
     if state:
         step = state["step"]
@@ -1041,7 +1077,7 @@ if __name__ == "__main__":
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         if rank == 0:
-            recent = state["recent"]
+            recent = state["recent"][-average_last:]
         if state["digests"] == digests:
             best = state["best"]
             n_worse = state["n_worse"]
@@ -1052,6 +1088,7 @@ if __name__ == "__main__":
 
     # ---- compilation -------------------------------------------------------------------------
     loss_fn = Loss(model, label_smoothing)
+    # The whole run counts, not what is left of it: a resumed run has to compute the same bits.
     compiled = compile == "True" or (compile == "auto" and max_steps >= COMPILE_STEPS)
     if compiled:
         reasons = [reason for reason in gathered(why_not_compile(dev)) if reason]
@@ -1069,6 +1106,17 @@ if __name__ == "__main__":
     for r, theirs in enumerate(gathered([now, digests, step, torch.__version__])):
         if theirs != [now, digests, step, torch.__version__]:
             fail(f"rank {r} has other settings, text or torch than rank {rank}: {theirs}")
+
+    # Only now, when nothing can be wrong with the command any more, does a new run rename what an
+    # older one has left in the folder. If torchrun starts it again after a crash, that is done.
+    if rank == 0 and resumed_at == 0:
+        for path in (model_path, last_path, log_path):
+            done = restarts and os.path.exists(path + ".old")
+            if os.path.exists(path) and not done:
+                os.replace(path, path + ".old")
+                say(f"an earlier run's {path} is now {path}.old")
+    log = open_log(log_path) if rank == 0 else None
+
     changed = " ".join(f"{name}={value}" for name, value in now.items() if value != settings[name])
     where = torch.cuda.get_device_name(dev) if cuda else f"{dev}, {torch.get_num_threads()} threads"
     n_src, n_tgt = corpus.count(np.arange(len(corpus)))
@@ -1097,12 +1145,14 @@ if __name__ == "__main__":
     n_steps = 0
     intervals = (log_interval, eval_interval, checkpoint_interval)
     skipped = 0
+    leave = 0                                           # the signal that asks this run to stop
     tick = time.time()
     steps = micro_batches(corpus, micro_tokens, seed, accumulate, step)
     while True:
         # ---- once in a while: validate, save, stop -----------------------------------------
-        # This comes before the step, so that a run that is resumed at its end goes straight on to
-        # the end. A resumed run did all this before it was saved, so it does not do it again.
+        # All this is about the step that has just been taken. It stands here, before the next one,
+        # so that a run that is resumed at its end takes no step more. A run that goes on did all
+        # this before it was saved, so it does not do it again.
         pause = time.time()
         if step > resumed_at and val and due(step, eval_interval):
             nll = mean_nll(plain, val, dev, autocast)
@@ -1115,7 +1165,6 @@ if __name__ == "__main__":
                 n_worse = 0
                 save_model(model_path, plain, tokenizer)
         finished = step >= max_steps or (patience and n_worse >= patience)
-        leave = stop_signal                             # read once: it may come at any moment
         if step > resumed_at and (due(step, checkpoint_interval) or leave or finished):
             if rank == 0 and average_last > 1 and due(step, checkpoint_interval):
                 weights = {name: weight.detach().to("cpu", copy=True)
@@ -1130,7 +1179,7 @@ if __name__ == "__main__":
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             if not val:
                 save_model(model_path, plain, tokenizer)
-        if leave and step > resumed_at:
+        if leave:
             say(f"{signal.Signals(leave).name} after step {step:,}; to go on: "
                 f"python train.py --resume=True --out_dir={out_dir}")
             sys.exit(128 + leave)
@@ -1149,7 +1198,7 @@ if __name__ == "__main__":
         n_src, n_tgt = corpus.count(np.concatenate(batches))
         for j in range(rank, accumulate, world):
             x, y = to_device(corpus.batch(batches[j]), dev)
-            # A hash, because the sums of (seed, step, j) and (seed, j, step) are the same.
+            # The three numbers hashed into one. Their sum would come again in the next step.
             mixed = np.random.SeedSequence((seed, step, j)).generate_state(1)
             torch.manual_seed(int(mixed[0]))
             if world > 1:                               # gradients are exchanged once a step
@@ -1165,14 +1214,15 @@ if __name__ == "__main__":
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         # A gradient that is not finite ends the run. To look at it is to wait for a GPU, so there
         # the run looks only before it writes something. NaN stays NaN in all steps between.
-        look = not cuda or scaler.is_enabled() or stop_signal
+        leave = stop_signal             # read once for this step: a signal may come at any moment
+        look = not cuda or scaler.is_enabled() or leave
         look = look or any(due(step, interval) for interval in intervals)
         finite = not look or bool(norm.isfinite())
-        overflow = scaler.is_enabled() and scaler.get_scale() >= 1      # float16's, not the model's
-        if not finite and not overflow:
-            numbers = np.concatenate(batches)[:20].tolist()
-            fail(f"the gradient is {norm.item()} at step {step:,}, or a GPU's shortly before, in "
-                 f"sentences {numbers}...; {last_path} is from before; lower --learning_rate?")
+        # In float16 a gradient may overflow only because its scale is too large.
+        scaled_up = scaler.is_enabled() and scaler.get_scale() >= 1
+        if not finite and not scaled_up:
+            fail(f"the gradient is {norm.item()} at step {step:,}, or on a GPU shortly before; "
+                 f"{last_path} is from before; lower --learning_rate?")
         if finite:
             for optimizer in optimizers:
                 scaler.step(optimizer)
@@ -1205,6 +1255,8 @@ if __name__ == "__main__":
             n_steps = 0
 
     # ---- the end -----------------------------------------------------------------------------
+    if stop_signal:                                     # it came with the last step, which is saved
+        sys.exit(128 + stop_signal)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if step < max_steps:
@@ -1224,7 +1276,7 @@ if __name__ == "__main__":
             say(f"its validation nll is {nll:.4f}, the best so far {best:.4f}")
         if nll < best:
             save_model(model_path, plain, tokenizer)
-    gathered(None)                                      # rank 0 has written model.pt
+    gathered(None)                                      # wait until rank 0 has written model.pt
     final, _ = load(model_path, dev)
 
     if val_pairs:

@@ -1719,7 +1719,7 @@ def load_to_translate():
         model = for_inference(model, dtype)
     except ValueError as error:
         fail(str(error))
-    except (RuntimeError, AssertionError) as error:     # torch's, for a device that isn't there
+    except (RuntimeError, AssertionError, ImportError) as error:    # for a device that isn't there
         fail(f"--device={device} can't be used: {str(error).splitlines()[0]}")
     if tokenizer is None:
         fail(f"{checkpoint} holds no tokenizer: its model was trained on ids, not on text")
@@ -1778,8 +1778,11 @@ def main():
         return tour()
     try:
         translate_stdin()
-    except BrokenPipeError:             # the reader has had enough (head, less)
+    except OSError as error:
+        # Or Python would try to write the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):      # that one: the reader has had enough (head)
+            fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except ValueError as error:
