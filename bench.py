@@ -327,7 +327,7 @@ def compare(table, config, src, tgt, numbers, n_ids, ideal, fast):
     print("""
 training {train_speedup:.1f}x, decoding with beam 1 {decode_speedup_beam_1:.1f}x as fast
 as torch.nn.Transformer, run as its documentation shows, not compiled, in the better of its rows
-peak memory {peak_memory_bytes:,} bytes""".format_map(found))
+peak memory of this process, all rows together: {peak_memory_bytes:,} bytes""".format_map(found))
     return found
 
 def compare_processes(table, config, src, tgt, numbers, n_ids, ideal, alone):

@@ -857,6 +857,19 @@ def translations(model, tokenizer, lines, amp, beam_size, alpha):
 
 # ---- what a run leaves -----------------------------------------------------------------
 
+def set_aside(paths):
+    """Renames the files of an older run: .old is added, or where that is taken .old2, and so on."""
+    ending = ".old"
+    n = 1
+    while any(os.path.exists(path + ending) for path in paths):
+        n += 1
+        ending = f".old{n}"
+    for path in paths:
+        if os.path.exists(path):
+            os.rename(path, path + ending)
+            say(f"an earlier run's {path} is now {path}{ending}")
+
+
 def open_log(path):
     """log.jsonl, to be continued. A full disk may have left half a line at its end: that goes."""
     with open(path, "ab+") as file:
@@ -903,8 +916,6 @@ if __name__ == "__main__":
     given = override(settings, sys.argv[1:], __file__)
     if given.get("max_steps") and given.get("epochs"):
         fail("--max_steps and --epochs both say how long the run is: give one of them")
-    if given.get("init_from") and given.get("resume"):
-        fail("--init_from starts a new run, --resume=True goes on with one: choose")
     globals().update(given)
     model_path = os.path.join(out_dir, "model.pt")
     last_path = os.path.join(out_dir, "last.pt")
@@ -914,21 +925,26 @@ if __name__ == "__main__":
     trained = None                                      # the model to start from
     tokenizer = None
     has_last = os.path.exists(last_path)
-    # torchrun starts the same command again and again. There, --resume=True may also be the first.
-    if resume and not has_last and world == 1:
+    # torchrun starts the same command again and again, so there --resume=True may be the first one.
+    can_start = world > 1 and given.keys() > {"resume", "out_dir"}
+    if resume and not has_last and not can_start:
         fail(f"--resume=True, but there is no {last_path}; start without it")
+    if resume and init_from and not can_start:
+        fail("--init_from starts a new run, --resume=True goes on with one: choose")
     if has_last and (resume or restarts):
         state = read_checkpoint(last_path)
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             fail(f"{last_path} is not a checkpoint that this train.py can resume from")
+        # A restart is the same command as before. If another one has made this file, it is of an
+        # earlier run, and this one crashed before it had a last.pt of its own: it begins anew.
+        if not resume and state.get("command") != sys.argv[1:]:
+            state = None
+    if state:
         # 0 stands for what was worked out when the run began.
         for name in ("max_steps", "accumulate", "learning_rate"):
             if given.get(name) == 0:
                 del given[name]
-        # On a restart without --resume=True, a last.pt with other settings is not of this run: an
-        # earlier run has left it, and this one has crashed before it began.
-        fixed = FIXED if resume else settings
-        refuse_changes(last_path, state["settings"], fixed, given)
+        refuse_changes(last_path, state["settings"], FIXED, given)
         for name, value in state["settings"].items():
             known = name in settings and type(value) is type(settings[name])
             if known and name not in ("out_dir", "resume"):
@@ -936,12 +952,7 @@ if __name__ == "__main__":
         if bool(given.get("muon", muon)) != bool(muon):
             fail(f"{last_path} was made with --muon={muon}, which can't be turned on or off")
     elif init_from:
-        path = init_from
-        renamed = model_path + ".old"
-        in_out_dir = os.path.realpath(path) == os.path.realpath(model_path)
-        if restarts and in_out_dir and os.path.exists(renamed):
-            path = renamed                              # by this run, when it started first
-        trained, tokenizer = load(path)
+        trained, tokenizer = load(init_from)
         if tokenizer is None or not src:
             fail(f"--init_from={init_from} needs a model of text, and --src and --tgt")
         sizes = {name: getattr(trained.config, name) for name in SIZES}
@@ -996,7 +1007,7 @@ if __name__ == "__main__":
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             fail(f"another run is writing to {out_dir}; give this one its own --out_dir")
         except OSError:                     # a file system without locks
             pass
@@ -1108,13 +1119,9 @@ if __name__ == "__main__":
             fail(f"rank {r} has other settings, text or torch than rank {rank}: {theirs}")
 
     # Only now, when nothing can be wrong with the command any more, does a new run rename what an
-    # older one has left in the folder. If torchrun starts it again after a crash, that is done.
+    # older one has left in the folder.
     if rank == 0 and resumed_at == 0:
-        for path in (model_path, last_path, log_path):
-            done = restarts and os.path.exists(path + ".old")
-            if os.path.exists(path) and not done:
-                os.replace(path, path + ".old")
-                say(f"an earlier run's {path} is now {path}.old")
+        set_aside([last_path, model_path, log_path])
     log = open_log(log_path) if rank == 0 else None
 
     changed = " ".join(f"{name}={value}" for name, value in now.items() if value != settings[name])
@@ -1172,7 +1179,8 @@ if __name__ == "__main__":
                 recent = [*recent, weights][-average_last:]
             if rank == 0:
                 write_atomically(last_path, {
-                    "version": STATE_VERSION, "settings": now, "config": vars(config),
+                    "version": STATE_VERSION, "command": sys.argv[1:],
+                    "settings": now, "config": vars(config),
                     "merges": index["merges"], "digests": digests,
                     "step": step, "best": best, "n_worse": n_worse, "recent": recent,
                     "model": model.state_dict(), "scaler": scaler.state_dict(),
@@ -1255,10 +1263,10 @@ if __name__ == "__main__":
             n_steps = 0
 
     # ---- the end -----------------------------------------------------------------------------
-    if stop_signal:                                     # it came with the last step, which is saved
-        sys.exit(128 + stop_signal)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if stop_signal:                                     # it came with the last step, which is saved
+        sys.exit(128 + stop_signal)
     if step < max_steps:
         say(f"step {step:6d}  {patience} validations without a better one: enough")
     n_averaged = gathered(len(recent))[0]
