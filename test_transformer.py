@@ -2445,16 +2445,17 @@ def test_torchrun_restarts_a_dead_rank_and_nothing_changes(early):
 
 
 @pytest.mark.skipif("HARD" not in os.environ, reason="takes a minute: HARD=1 runs it")
-def test_hard_a_dead_rank_is_restarted_on_two_machines(tmp_path, early):
+def test_hard_a_dead_rank_is_restarted_on_two_machines(tmp_path):
     """Two torchruns, one process each: every one of them counts restarts by itself."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     where = f"--nnodes=2 --nproc_per_node=1 --rdzv-backend=c10d --rdzv-endpoint=localhost:{port}"
     torchrun = f"{sys.executable} -m torch.distributed.run {where} --max-restarts=3"
-    command = f"{torchrun} {FORTY_STEPS} --resume=True --out_dir={tmp_path}"
+    parts = tmp_path / "parts"
+    command = f"{torchrun} {FORTY_STEPS} --resume=True --out_dir={parts}"
     env = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     both = [start(command, env=env), start(command, env=env)]
-    while not (tmp_path / "last.pt").exists():
+    while not (parts / "last.pt").exists():
         assert all(process.poll() is None for process in both)
         time.sleep(0.1)
     [rank] = children(random.choice(both))
@@ -2462,8 +2463,9 @@ def test_hard_a_dead_rank_is_restarted_on_two_machines(tmp_path, early):
     for process in both:
         _, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
-    whole, _, _ = early["torchrun_restarts_a_dead_rank"].result()
-    same_run(whole, tmp_path)
+    whole = tmp_path / "whole"
+    succeed(script(f"{RESTARTED} --out_dir={whole}"))
+    same_run(whole, parts)
 
 
 MACHINES = [f"a{os.getpid()}", f"b{os.getpid()}"]
