@@ -2137,6 +2137,7 @@ def check_slope(loss_fn, batch):
 
 
 def check_compiled_step():
+    torch.set_num_threads(2)
     torch.manual_seed(SEED)
     config = Config(**SMALL | {"vocab_size": 40, "n_heads": 2, "dropout": 0.3})
     loss_fn = train.Loss(Transformer(config).train(), 0.1)
@@ -2147,6 +2148,20 @@ def check_compiled_step():
         check_slope(loss_fn, batch)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[2] <= 8                          # new shapes add no graphs
+
+    # The same batch has the same gradient, bit for bit, on several threads too: with so large a
+    # batch and model that the compiler makes use of them.
+    torch._dynamo.reset()
+    loss_fn = train.Loss(Transformer(Config(40, 64, 2, 64, 1, 1, norm_first=True)).train(), 0.1)
+    loss_fn.compile_parts()
+    batch = (random_batch(100, 40, 20), random_batch(100, 40, 20))
+    gradients = []
+    for _ in range(5):
+        torch.manual_seed(SEED)
+        loss_fn.zero_grad()
+        loss_fn(*batch)[0].backward()
+        gradients.append(loss_fn.model.embedding.weight.grad.clone())
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
     for p in (0.1, 0.5):                    # the compiler's cache has the program of the first
         torch._dynamo.reset()
