@@ -696,7 +696,7 @@ class HashedDropout(nn.Module):
 
     def __init__(self, p):
         super().__init__()
-        # What is kept has a hash of 16 bits below this.
+        # Each number gets a hash of 16 bits, and is kept if that is below this.
         self.kept = max(1, round((1 - p) * 65536))
         self.seed = torch.zeros((), dtype=torch.int32)          # Loss fills it anew for each batch
 
@@ -925,7 +925,8 @@ if __name__ == "__main__":
     trained = None                                      # the model to start from
     tokenizer = None
     has_last = os.path.exists(last_path)
-    # torchrun starts the same command again and again, so there --resume=True may be the first one.
+    # torchrun starts the same command again and again. So there, --resume=True may also be given
+    # at the first start, with what the run needs.
     can_start = world > 1 and given.keys() > {"resume", "out_dir"}
     if resume and not has_last and not can_start:
         fail(f"--resume=True, but there is no {last_path}; start without it")
@@ -1215,7 +1216,7 @@ if __name__ == "__main__":
         n_src, n_tgt = corpus.count(np.concatenate(batches))
         for j in range(rank, accumulate, world):
             x, y = to_device(corpus.batch(batches[j]), dev)
-            # The three numbers hashed into one. Their sum would come again in the next step.
+            # A hash of the three numbers: their sum would be the same in another step.
             mixed = np.random.SeedSequence((seed, step, j)).generate_state(1)
             torch.manual_seed(int(mixed[0]))
             if world > 1:                               # gradients are exchanged once a step

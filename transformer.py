@@ -1779,9 +1779,10 @@ def main():
     try:
         translate_stdin()
     except OSError as error:
-        # Or Python would try to write the rest at its end.
+        # At its end Python writes what is left of the output. Here that would fail again, so it
+        # goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):      # that one: the reader has had enough (head)
+        if not isinstance(error, BrokenPipeError):      # a broken pipe: the reader has had enough
             fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
