@@ -128,7 +128,7 @@ RECIPES = {
               batch_tokens=1024, epochs=120.0, eval_interval=100,
               checkpoint_interval=100),                                          # 4,000 pairs
     2: dict(SMALL, vocab_size=3000, dropout=0.3, epochs=50.0),                   # 15,000
-    15: dict(SMALL, vocab_size=5000, dropout=0.2, epochs=36.0),                  # 100,000
+    15: dict(SMALL, vocab_size=8000, dropout=0.2, epochs=36.0),                  # 100,000
     100: dict(SMALL, vocab_size=10_000, d_model=256, d_ff=1024, dropout=0.2, epochs=20.0,
               learning_rate=2e-3),                                               # 700,000
     600: dict(SMALL | BASE, vocab_size=32_000, dropout=0.1, epochs=15.0, batch_tokens=8192,
