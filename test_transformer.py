@@ -165,7 +165,7 @@ def text_of(name):
 
 def run(*argv, **options):
     """Runs Python with these arguments. -> the ended process, with what it wrote as text"""
-    options = {"cwd": HERE, "capture_output": True, "text": True, "timeout": 170} | options
+    options = {"cwd": HERE, "capture_output": True, "text": True, "timeout": 600} | options
     return subprocess.run([sys.executable, *argv], check=False, **options)
 
 
