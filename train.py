@@ -849,7 +849,8 @@ def translations(model, tokenizer, lines, amp, beam_size, alpha):
         for i, best in zip(part, results, strict=True):
             text, _ = best[0]
             found[i] = text
-        progress(f"translating: {len(found) * world:,} of {len(lines):,} lines")
+        n = min(len(found) * world, len(lines))         # the others are about as far
+        progress(f"translating: {n:,} of {len(lines):,} lines")
     for others in gathered(found):
         found |= others
     return [found[i] for i in range(len(lines))]
