@@ -2012,12 +2012,47 @@ def test_muon_has_the_matrices_of_the_layers_and_adam_the_rest(settings):
             matrices.add(id(weight))
     settings(muon=0.01)
     adam, muon = train.make_optimizers(model, CPU)
-    assert type(muon) is torch.optim.Muon
+    assert type(muon) is train.Muon
     assert weights_of(muon) == matrices
     assert weights_of(adam) == every - matrices
     settings(muon=0.0)
     [adam] = train.make_optimizers(model, CPU)
     assert weights_of(adam) == every
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_a_step_of_muon_is_orthogonal(shape):
+    matrices = torch.randn(3, *shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert s.max() < 1.3 and s.median() > 0.6           # a matrix may have one close to 0
+    want = u @ torch.diag_embed(s) @ v
+    torch.testing.assert_close(train.orthogonal(matrices), want)
+    torch.testing.assert_close(train.orthogonal(matrices.float()), want.float(), rtol=0, atol=1e-4)
+    assert train.orthogonal(torch.zeros(2, *shape)).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_takes_the_steps_of_torch_optim_muon(dtype):
+    shapes = [(24, 24), (16, 40), (24, 24), (40, 16)]
+    starts = [torch.randn(shape) for shape in shapes]
+    ours = [nn.Parameter(start.clone()) for start in starts]
+    theirs = [nn.Parameter(start.clone()) for start in starts]
+    optimizers = [
+        train.Muon(ours, dtype),
+        torch.optim.Muon(theirs, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    for lr in (0.01, 0.05, 0.02, 0.03):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+    for a, b, start in zip(ours, theirs, starts, strict=True):
+        difference = (a - b).norm() / (b - start).norm()
+        assert difference < 0.05                        # theirs are in bfloat16
 
 
 @pytest.mark.parametrize("muon", [0.0, 0.01])
@@ -2757,7 +2792,7 @@ def test_the_number_of_processes_does_not_change_the_run(tmp_path, here, monkeyp
     output(here("train.py", *go_on, "--max_steps=13"))
     processes(2, *go_on, "--max_steps=20")
     output(here("train.py", *args, f"--out_dir={alone}"))
-    # Muon's products are in bfloat16: they carry a rounding on, and the gradient shows it first.
+    # Muon's products may be in bfloat16: they carry a rounding on, and the gradient shows it first.
     for name, n in (("loss", 20), ("grad_norm", 6)):
         want = logged(alone, name)
         got = logged(shared, name)
