@@ -1791,6 +1791,7 @@ TRAINING_MISTAKES = {
     "--label_smoothing=1": "label_smoothing",
     "--vocab_size=5": "from 6",
     "--length_penalty=11": "length_penalty",
+    "--length_penalty=-0.5": "length_penalty must be -1, or from 0 to 10",
 }
 
 
@@ -2492,6 +2493,15 @@ def test_torchrun_restarts_a_dead_rank_and_nothing_changes(early):
     assert "resumed" in printed
     assert printed.count("exact-sequence accuracy") == 1        # rank 0 alone speaks
     same_run(whole, parts)
+
+
+def test_torchrun_may_ask_to_resume_what_has_not_begun(tmp_path, monkeypatch, mistake):
+    """There the same command starts a run and goes on with it."""
+    monkeypatch.chdir(tmp_path)
+    assert "there is no" in mistake("train.py", "--resume=True", "--n_heads=3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "divisible" in mistake("train.py", "--resume=True", "--n_heads=3")
+    assert "there is no" in mistake("train.py", "--resume=True", "--out_dir=new")
 
 
 @pytest.mark.skipif("HARD" not in os.environ, reason="takes a minute: HARD=1 runs it")

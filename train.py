@@ -10,13 +10,13 @@ Training a Transformer: Section 5 of the paper.
 It writes out_dir/model.pt (to use), out_dir/last.pt (to resume from) and out_dir/log.jsonl.
 Every setting below can be overridden as --name=value. --help prints them.
 
-All that a run carries from step to step is in last.pt: the weights, the optimizers, the number of
-the step, what it knows of validation, and the checkpoints it will average. Step n follows from
-these, the settings, the seed and n: its batches come from (seed, epoch), the random numbers of its
-micro-batch j from (seed, n, j), whichever process computes it. So a run that was killed ends like
-one that was not, and with the same --accumulate the number of processes changes nothing but
-roundings. last.pt is replaced every checkpoint_interval steps. On a single process, Ctrl-C and
-SIGTERM save it once more before they end the run.
+All that a run carries from step to step is in last.pt: the weights, the optimizers, float16's loss
+scale, the number of the step, what it knows of validation, and the checkpoints it will average.
+Step n follows from these, the settings, the seed and n: its batches come from (seed, epoch), the
+random numbers of its micro-batch j from (seed, n, j), whichever process computes it. So a run that
+was killed ends like one that was not, and with the same --accumulate the number of processes
+changes nothing but roundings. last.pt is replaced every checkpoint_interval steps. On a single
+process, Ctrl-C and SIGTERM save it once more before they end the run.
 """
 
 # ---- settings ---------------------------------------------------------------
@@ -49,7 +49,8 @@ accumulate = 0              # micro-batches that a step is cut into; 0: one for 
 max_steps = 400             # optimizer steps; 0: as many as `epochs` needs
 epochs = 0.0                # passes over the training pairs, if max_steps is 0
 learning_rate = 3e-3        # of Adam after warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
-muon = 5e-3                 # of Muon, for the matrices of the layers; 0: Adam for all, as the paper
+muon = 5e-3                 # of Muon, which trains the layers' matrices, and lets them decay by
+                            # 0.1 times the rate; 0: Adam trains all, as in the paper
 embedding_decay = 0.0       # AdamW's weight decay of the embeddings; 0: none, as in the paper
 warmup_steps = 30           # steps of linear rise; unless given, at most a tenth of the run
 decay = "linear"            # of the rate: inverse_sqrt (§5.3); linear: in the second half, to 0
@@ -175,7 +176,7 @@ last_progress = time.time()
 
 
 def progress(text):
-    """Says text, but only once in ten seconds: what takes long shows how far it is."""
+    """Says text, at most once in ten seconds: for slow work, to show how far it is."""
     global last_progress
     if time.time() - last_progress > 10:
         last_progress = time.time()
@@ -204,6 +205,9 @@ def check_settings():
             most = MOST.get(name, 1e9)
             if not least <= value <= most:              # so written, it refuses nan as well
                 fail(f"--{name} must be from {least} to {most:g}, got {value!r}")
+    if -1 < length_penalty < 0:
+        fail(f"--length_penalty must be -1, or from 0 to {MOST['length_penalty']}, "
+             f"got {length_penalty}")
     if not max_steps and not epochs:
         fail("--max_steps and --epochs are both 0: nothing to do")
 
@@ -252,7 +256,9 @@ def keep_freed_memory():
     goes back to the system and comes again page by page, zeroed: 6% of a step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        # M_MMAP_THRESHOLD: smaller blocks come from the heap. Old versions allow 32 MB at most.
+        if not mallopt(-3, 1 << 30):
+            mallopt(-3, 1 << 25)
         mallopt(-1, -1)             # M_TRIM_THRESHOLD: the heap never shrinks
     except (OSError, AttributeError, TypeError):
         pass
@@ -600,7 +606,7 @@ def prepare(folder, tokenizer=None):
 
 def plan_epoch(corpus, size, seed, epoch):
     """All batches of an epoch, in order: each an array with the numbers of its pairs, and with at
-    most `size` ids a side, padding included. Every pair is in exactly one.
+    most `size` ids a side, padding included, or with one longer pair. Every pair is in exactly one.
 
     The plan follows from its arguments alone: every process makes the same one.
     """
@@ -608,9 +614,9 @@ def plan_epoch(corpus, size, seed, epoch):
     n_src = corpus.n_src + 1                            # with EOS
     n_tgt = corpus.n_tgt + 1
 
-    # Neighbours in this order are alike on both sides. It has groups of two target lengths. In one
-    # group the source lengths rise and in the next they fall, so that pairs on the two sides of a
-    # group's end are alike, too. Noise shuffles equals.
+    # Neighbours should be alike on both sides. So pairs are sorted by target length, two lengths to
+    # a group, and within a group by source length: rising in one group and falling in the next,
+    # so that it does not jump where a group ends. Noise shuffles equals.
     group = n_tgt // 2
     up_or_down = np.where(group % 2, -n_src, n_src)
     order = np.lexsort((up_or_down + rng.random(len(corpus)), group))
@@ -667,11 +673,13 @@ def learning_rate_at(step, peak):
 
 
 def orthogonal(matrices):
-    """(n, A, B) -> the same matrices with all their singular values close to 1.
+    """(n, A, B) -> the same matrices, nearly orthogonal.
 
-    Such a step moves the weights as far in the rare directions as in the others. Five Newton-Schulz
-    iterations come there by products alone: each takes every singular value s to as + bs³ + cs⁵.
-    The three coefficients are those of Jordan et al. (2024).
+    A gradient has a few large singular values and many small ones. Made equal, the rare directions
+    move the weights as much as the others. The singular value decomposition would do it exactly.
+    Five Newton-Schulz iterations come near with products alone: each takes every singular value s
+    to as + bs³ + cs⁵, and so brings all but the tiniest close to 1. The coefficients are those of
+    Jordan et al. (2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(1) > matrices.size(2)
@@ -688,11 +696,12 @@ def orthogonal(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal (Jordan et al., 2024), with Nesterov's look ahead, for matrices.
+    """Momentum made orthogonal, for matrices (Jordan et al., 2024).
 
-    torch.optim.Muon takes the same steps, but one matrix after the other, and always in bfloat16.
-    On a CPU that has no bfloat16 in hardware, this takes longer than the rest of the training step.
-    Here all matrices of one shape go through the products together, in the dtype that is given.
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" takes the same steps, but one matrix after
+    the other, and always in bfloat16. On a CPU without bfloat16 in hardware, that takes longer than
+    the rest of a training step. This one takes all matrices of one shape through the products
+    together, in the dtype that it is given.
     """
 
     def __init__(self, matrices, dtype):
@@ -707,18 +716,19 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(weight.shape, []).append(weight)
 
             for shape, weights in by_shape.items():
-                momenta = []
+                ahead = []                              # Nesterov: where the momentum will be
                 for weight in weights:
                     state = self.state[weight]
                     if not state:
                         state["momentum_buffer"] = torch.zeros_like(weight)
-                    mean = state["momentum_buffer"]
-                    mean.lerp_(weight.grad, 1 - group["momentum"])
-                    momenta.append(weight.grad.lerp(mean, group["momentum"]))
-                updates = orthogonal(torch.stack(momenta).to(self.dtype))
+                    momentum = state["momentum_buffer"]
+                    momentum.lerp_(weight.grad, 1 - group["momentum"])
+                    ahead.append(weight.grad.lerp(momentum, group["momentum"]))
+                updates = orthogonal(torch.stack(ahead).to(self.dtype))
 
-                # The numbers of an orthogonal matrix have the size 1 / √(its longer side), those of
-                # Adam's steps about 0.2. Scaled alike, both learn at like rates (Liu et al., 2025).
+                # A number in an orthogonal matrix is about 1 / √(its longer side), in a step of
+                # Adam's 0.2. This factor makes them equal, so that learning rates mean the same to
+                # both (Liu et al., 2025).
                 scale = 0.2 * max(shape) ** 0.5
                 for weight, update in zip(weights, updates, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
@@ -726,7 +736,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, dev):
-    """AdamW, and Muon for the matrices of the layers if that is on."""
+    """AdamW, and Muon for the matrices of the layers if that is on. The projections of keys and of
+    values lie in one matrix (kv), and are one to Muon."""
     embedding = model.embedding.weight
     matrices = []
     if muon:
@@ -985,7 +996,7 @@ if __name__ == "__main__":
     has_last = os.path.exists(last_path)
     # torchrun starts the same command again and again. So there, --resume=True may also be given
     # at the first start, with what the run needs.
-    can_start = world > 1 and given.keys() > {"resume", "out_dir"}
+    can_start = world > 1 and bool(given.keys() - {"resume", "out_dir"})
     if resume and not has_last and not can_start:
         fail(f"--resume=True, but there is no {last_path}; start without it")
     if resume and init_from and not can_start:
@@ -999,7 +1010,7 @@ if __name__ == "__main__":
         if not resume and state.get("command") != sys.argv[1:]:
             state = None
     if state:
-        # 0 stands for what was worked out when the run began.
+        # 0 asks for a value to be worked out. That was done when the run began, so it stays.
         for name in ("max_steps", "accumulate", "learning_rate"):
             if given.get(name) == 0:
                 del given[name]
@@ -1105,7 +1116,8 @@ if __name__ == "__main__":
     max_steps = max_steps or max(1, round(epochs * steps_per_epoch))
     if state and decay == "linear" and max_steps > state["settings"]["max_steps"]:
         say("a longer run: the learning rate goes back up to where the longer schedule has it")
-    learning_rate = learning_rate or (d_model * warmup_steps) ** -0.5          # where Eq. 3 peaks
+    # Where Eq. 3 peaks with the warm-up that was asked for. To cut that does not raise the rate.
+    learning_rate = learning_rate or (d_model * warmup_steps) ** -0.5
     if not state and "warmup_steps" not in given:       # the recipe's is too long for a short run
         warmup_steps = max(1, min(warmup_steps, max_steps // 10))
 
@@ -1225,9 +1237,9 @@ if __name__ == "__main__":
     steps = micro_batches(corpus, micro_tokens, seed, accumulate, step)
     while True:
         # ---- once in a while: validate, save, stop -----------------------------------------
-        # All this is about the step that has just been taken. It stands here, before the next one,
-        # so that a run that is resumed at its end takes no step more. A run that goes on did all
-        # this before it was saved, so it does not do it again.
+        # All this is about the step that has just been taken. It stands before the next one, so
+        # that a finished run takes no further step when it is resumed. Right after resuming it is
+        # left out: it was done before last.pt was written.
         pause = time.time()
         if step > resumed_at and val and due(step, eval_interval):
             nll = mean_nll(plain, val, dev, autocast)
