@@ -973,7 +973,8 @@ def on_signal(number, frame):
     """The first SIGTERM or Ctrl-C asks the loop to save and leave; a second one ends it at once."""
     global stop_signal
     stop_signal = number
-    signal.signal(number, signal.SIG_DFL)
+    for either in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(either, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

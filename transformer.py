@@ -49,13 +49,13 @@ class Config:
     """
 
     vocab_size: int = 37000         # V. §5.1: one vocabulary for both languages
-    d_model: int = 512              # D: the width of everything that flows between sub-layers
+    d_model: int = 512              # D: the width of everything that flows through the model
     n_heads: int = 8                # H: each sees D/H of the width
     d_ff: int = 2048                # the inner width of the feed-forward network
     n_encoder_layers: int = 6
     n_decoder_layers: int = 6
     dropout: float = 0.1            # P_drop of §5.4
-    norm_first: bool = False        # True: pre-norm (see AddNorm), with a norm after each stack
+    norm_first: bool = False        # False: post-norm, True: pre-norm (see AddNorm)
     learned_positions: int = 0      # 0: sinusoids; n: learned ones, n of them (Table 3, E)
     tied_output: bool = True        # §3.4: the target embedding is also the output projection
     src_vocab_size: int = 0         # 0: source and target share vocab_size and the embedding
@@ -105,9 +105,8 @@ def sinusoids(positions, d_model):
     Attention is a sum over a set: without this, "dog bites man" and "man bites dog" would be the
     same sentence. Each pair of columns, a sine and a cosine, is a clock hand with its own speed. To
     move by n positions turns each hand by a fixed angle, wherever one starts, and such a turn is a
-    matrix product. These hands are part of every vector that attention compares. So a layer can
-    learn a matrix that turns them n positions back, and then looks there from every position. And a
-    formula works for any length.
+    matrix product. So a layer can learn a matrix for its queries that turns the hands n positions
+    back: each position then asks for the one n before it. And a formula works for any length.
     """
     two_i = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32)
     frequency = torch.exp(two_i * (-math.log(10000.0) / d_model))   # (D/2,) = 10000^(-2i/D)
@@ -151,7 +150,8 @@ def causal_mask(n, device=None):
 def source_mask(src):
     """Any query may look at the words of a source, and not at its padding.
 
-    src: (B, S) ids -> (B, 1, 1, S), which broadcasts over heads and queries
+    src: (B, S) ids -> (B, 1, 1, S), which broadcasts over heads (see MultiHeadAttention) and
+    queries
 
     A batch can hold a row of nothing but padding, an empty sentence. Its queries would be blind:
     with no key to see, a plain softmax is 0/0 = NaN. So in such a row everything is visible. With
@@ -210,8 +210,8 @@ def attention_by_definition(q, k, v, mask=None):
     weights = attention_weights(q, k, mask)                         # (B, H, T, S)
     return weights.to(v.dtype) @ v
 
-# On a CPU the definition is also the faster way, up to this many weights (T·S) for each head. They
-# are few enough to stay in the processor's own memory.
+# On a CPU the definition is also the faster way, as measured, up to this many weights (T·S) for
+# each head.
 MAX_WEIGHTS_ON_CPU = 512 * 512
 
 def attention(q, k, v, mask=None, causal=False, blind_queries=True):
@@ -255,8 +255,8 @@ class MultiHeadAttention(nn.Module):
     """H attentions side by side, each on projections of its own, d_k wide. §3.2.2
 
     Why several: one softmax gives one average, so one head can ask one question of the sentence. H
-    heads look at H different places, and as each is only D/H wide, together they cost no more than
-    one head of width D.
+    heads look at H different places, and as each is only D/H wide, together they cost about as much
+    as one head of width D.
 
     This one class serves all three uses of §3.2.3, because keys and values may come from outside.
     Self-attention looks at the positions of x itself. Cross-attention looks at the encoder's
@@ -286,7 +286,8 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, seen=None, mask=None, causal=False):
         """Each position of x looks at the positions that are seen. (B, T, D) -> (B, T, D)
 
-        seen: their keys and values, as keys_values() returned them; None for those of x itself.
+        seen: a pair, the keys and values to look at, as keys_values() returned them; None for those
+        of x itself.
         mask: broadcasts to (B, H, T, S) and leaves each query at least one key. causal=True: a
         position sees itself and earlier ones.
         """
@@ -419,14 +420,14 @@ class Transformer(nn.Module):
         self.src_embedding = self.embedding
         if config.src_vocab_size:
             self.src_embedding = nn.Embedding(config.src_vocab_size, D)
-        self.output = nn.Linear(D, config.vocab_size, bias=False)       # tied in init_weights
+        self.output = nn.Linear(D, config.vocab_size, bias=False)       # init_weights ties it
 
         self.learned_src = None
         self.learned_tgt = None
         if config.learned_positions:
             self.learned_src = nn.Embedding(config.learned_positions, D)
             self.learned_tgt = nn.Embedding(config.learned_positions, D)
-        # Two modules and not one: train.py replaces them by some that each have one seed a batch.
+        # Two modules: train.py swaps each for a dropout of its own that draws one seed per batch.
         self.src_dropout = nn.Dropout(config.dropout)
         self.tgt_dropout = nn.Dropout(config.dropout)
 
@@ -440,7 +441,7 @@ class Transformer(nn.Module):
         if config.norm_first or config.final_norms:
             self.encoder_norm = nn.LayerNorm(D)
             self.decoder_norm = nn.LayerNorm(D)
-        self.length_penalty = 0.6       # what `translate` takes, unless told otherwise (§6.1)
+        self.length_penalty = 0.6       # for `translate` (§6.1); beam_search has an argument
         self.init_weights()
 
     @torch.no_grad()
@@ -448,8 +449,8 @@ class Transformer(nn.Module):
         """Ties the output, and sets every weight anew. Each matrix draws its own numbers, so no two
         layers start the same.
 
-        A model that was made on PyTorch's meta device has shapes but no numbers: after its method
-        `to_empty` has allocated them, call this.
+        Skip this at first reading: a model that was made on PyTorch's meta device has shapes but no
+        numbers. After its method `to_empty` has allocated them, call this.
         """
         if self.config.tied_output:
             self.output.weight = self.embedding.weight  # the same tensor: one gradient, one update
@@ -578,9 +579,9 @@ def eval_mode(model):
 def length_limits(model, src, max_len, min_len=0):
     """How many ids, EOS included, each translation may have. -> (B,)
 
-    That is max_len, or for None the length of its source + 50, as in §6.1, and in any case no more
-    than the positions that the model has learned. Raises ValueError if max_len leaves no room for
-    EOS or is below min_len.
+    That is max_len, or for None the length of its source + 50, as in §6.1, or min_len if that is
+    more. It is never more than learned_positions, if the model has these. Raises ValueError if
+    max_len leaves no room for EOS or is below min_len.
     """
     lengths = (src != PAD).sum(1)                                   # (B,)
     if max_len is None:
@@ -600,10 +601,9 @@ def greedy(model, src, max_len=None):
 
     src: (B, S) ids -> (B, L) int64 ids without BOS
 
-    Decoding is no more than this. Here the whole target so far is computed anew for each token,
-    which is slow; but it shows what beam_search has to give for beam_size=1. Rows end with EOS, by
-    force where they reach their limit (see length_limits), then PAD. Raises ValueError for max_len
-    below 1.
+    Decoding is no more than this. It is slow, as each step computes the whole target so far anew;
+    beam_search with beam_size=1 gives the same. Rows end with EOS, by force where they reach their
+    limit (see length_limits), then PAD. Raises ValueError for max_len below 1.
     """
     limits = length_limits(model, src, max_len)                     # (B,)
     ids = src.new_full((len(src), 1), BOS)  # (B, 1), and one longer with each step
@@ -632,28 +632,29 @@ class Cache:
     N queries. All of them look at the same memory, so that is not copied. In self-attention each
     step stores N new keys side by side, one from each beam: the key of beam n at step s is column
     (s - 1)·N + n. A beam may see only the keys of its own past, and `visible` says which these are.
-    Two beams, three steps; a row for each beam, a column for each key, 1 for "sees it":
+    Two beams, three steps; a row for each beam, a column for each key, 1 for "sees it". Step 1 has
+    one hypothesis, BOS in beam 0, so both pasts begin there:
 
         step       1   2   3
         beam      0 1 0 1 0 1
         beam 0    1 0 1 0 1 0
-        beam 1    0 1 0 1 0 1
+        beam 1    1 0 0 1 0 1
 
     Now both of the best continuations come from beam 1, so beam 0 takes over its past:
-    reorder(parents=[1, 1]). Only these booleans move; the keys and values stay where they are. The
-    fourth step opens with a new key for each beam:
+    reorder(parents=[[1, 1]]). Only these booleans move; the keys and values stay where they are.
+    The fourth step opens with a new key for each beam:
 
         step       1   2   3   4
         beam      0 1 0 1 0 1 0 1
-        beam 0    0 1 0 1 0 1 1 0
-        beam 1    0 1 0 1 0 1 0 1
+        beam 0    1 0 0 1 0 1 1 0
+        beam 1    1 0 0 1 0 1 0 1
     """
 
     def __init__(self, model, memory, src, n_beams, max_len):
         """Allocates room for max_len steps. memory: (B, S, D), model.encode(src)"""
         self.n_beams = n_beams
         self.length = 0
-        self.mask = None                # (B, 1, N, keys so far), of the step that is under way
+        self.mask = None                # (B, 1, N, keys so far) of this step; None for one beam
         self.memory_mask = None
         if (src == PAD).any():
             self.memory_mask = source_mask(src)                     # (B, 1, 1, S)
@@ -749,8 +750,9 @@ def pick(rows, index):
     """Whole hypotheses by their numbers. rows: (B, n, L), index: (B, m) -> (B, m, L)"""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.size(2)))
 
-# One step of beam_search by hand, with N = 2 hypotheses and three words. For each hypothesis the
-# model gives each word a log P. Added to the log P of the hypothesis itself, that makes N·V sums:
+# One step of beam_search by hand, with N = 2 hypotheses. For each of them the model gives each word
+# a log P. Added to the log P of the hypothesis itself, that makes N·V sums. Three of the V words
+# are shown, the others are far less probable:
 #
 #                             "cat"   "dog"     EOS
 #     beam 0  "a"   -1.0       -1.6    -2.3    -0.4     sums  -2.6  -3.3  -1.4
@@ -772,10 +774,9 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
     length_penalty).
 
     src: (B, S) ids, each row words, EOS, then PAD; PAD within a row is masked like padding.
-    beam_size: N; with 1 this is greedy decoding. max_len and min_len count ids with EOS;
-    max_len=None is the paper's limit, source length + 50, and no translation is longer than the
-    positions that a model has learned. But for roundings, a translation does not depend on the
-    other sentences of the batch.
+    beam_size: N; with 1 this is greedy decoding. max_len and min_len count ids with EOS.
+    max_len=None is the paper's limit: source length + 50 (see length_limits). But for roundings, a
+    translation does not depend on the other sentences of the batch.
 
     Returns ids, (B, L) int64 without BOS, each row ending with EOS, then PAD, and float32 scores,
     (B,). With n_best > 1 both get an axis after the first, best first: (B, n_best, L) and (B,
@@ -815,8 +816,8 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             # one, EOS, ends a hypothesis. So at most N of the 2N end here, and N are left to go on.
             word_log_prob = next_log_probs(model, newest, cache)    # (B, N, V)
             word_log_prob[..., :EOS] = -math.inf                # PAD and BOS are never proposed
-            # At its limit a sentence can only end. (A limit below min_len can only be that of the
-            # learned positions, and that is the same for all sentences.)
+            # At its limit a sentence can only end. (Only learned_positions can set a limit below
+            # min_len. Then all limits are equal, so the `elif` need not look at the others.)
             if length in stops:
                 at_limit = (limits == length)[:, None, None]        # (B, 1, 1)
                 word_log_prob[..., EOS + 1:].masked_fill_(at_limit, -math.inf)
@@ -830,11 +831,11 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             grown[:, :, length - 1] = word
             ends = word == EOS                                      # (B, 2N)
 
-            # Retire those that end among the N best. What ends below them is dropped: a beam holds
-            # N, and only because some of these end were 2N looked at. (With N = 1 this is greedy:
-            # EOS must be the best word of all.) They and those that ended before stand in one list,
-            # and the n_best of it stay. What has not ended has a score of -inf there. `best` has a
-            # row for each sentence of src, so best[sentence] are the rows of those still here.
+            # Retire those that end among the N best. One that ends below these is dropped: 2N were
+            # taken only so that N are left to go on. (With N = 1 this is greedy: EOS must be the
+            # best word of all.) The new ends and the earlier ones stand in one list, and the n_best
+            # of it stay. What has not ended has a score of -inf there. `best` has a row for each
+            # sentence of src, so best[sentence] are the rows of those still here.
             score = torch.where(ends, grown_log_prob / penalty(length, length_penalty), -math.inf)
             rivals = torch.cat((best[sentence], grown[:, :N]), 1)   # (B, n_best + N, longest)
             rival_score = torch.cat((best_score[sentence], score[:, :N]), 1)    # (B, n_best + N)
@@ -851,9 +852,9 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             # Stop when nothing that still grows can win. log P is negative, and it only falls.
             # Divided by a larger penalty it is a better score (-6/2 = -3 is better than -6/1). So
             # the best score in reach is today's log P divided by the largest penalty ahead: that
-            # of the longest hypothesis. With a negative length_penalty they fall with the length,
-            # and the largest ahead is that of the next step. All n_best are found when the last of
-            # them is as good as what is in reach.
+            # of the longest hypothesis. With a negative length_penalty, penalties shrink with the
+            # length, so the largest one ahead is that of the next step. All n_best are found when
+            # the last of them is as good as what is in reach.
             largest = penalty(limits.float(), length_penalty)                           # (B,)
             largest = largest.clamp(min=penalty(length + 1, length_penalty))
             done = winner_score[:, -1] >= log_prob[:, 0] / largest                      # (B,)
@@ -967,7 +968,7 @@ class Tokenizer:
     [35, 100, 259, 35, 259]
 
     Every byte has an id, so every string has an encoding, and decode(encode(s)) == s. No text
-    becomes an id below 3. Raises ValueError for merges that no training could have learnt.
+    becomes an id below 3. Raises ValueError for merges of ids not yet made, or of too many bytes.
     """
 
     # A word takes the space before it along. Words end at 32 characters, so that no input can make
@@ -1097,8 +1098,8 @@ class Tokenizer:
     def decode(self, ids):
         """List of ids -> str. Raises ValueError for ids that there are not.
 
-        Special ids have no text. Bytes that are not UTF-8, as a model may write, become U+FFFD, but
-        lone surrogates stay what they are.
+        Special ids have no text. Bytes that are not UTF-8, as a model may write, become U+FFFD. But
+        lone surrogates, if nothing else is wrong, stay what they are.
         """
         for i in ids:
             if not 0 <= i < len(self.bytes):
@@ -1165,7 +1166,8 @@ def save(path, model, tokenizer=None, length_penalty=None):
                             "merges": merges, "length_penalty": float(length_penalty)})
 
 def read_checkpoint(path):
-    """What write_atomically wrote, if every bit is still right. Raises ValueError, in one line."""
+    """What write_atomically wrote, if every bit is still right. Raises ValueError, in one line, or
+    MemoryError."""
     try:
         # torch.load compares no checksums, so a flipped bit would become a wrong weight.
         with zipfile.ZipFile(path) as archive:
@@ -1176,7 +1178,9 @@ def read_checkpoint(path):
         raise
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception:       # strange bytes raise many types in both, and all mean the same
+    except Exception as error:      # strange bytes raise many types, and all mean the same
+        if "allocate memory" in str(error):             # but so does torch without memory
+            raise MemoryError(str(error)) from None
         raise ValueError(f"{path} is not a checkpoint, or it is damaged") from None
 
 def load(path, device="cpu"):
@@ -1206,7 +1210,8 @@ def load(path, device="cpu"):
             tokenizer = Tokenizer(checkpoint["merges"].tolist())
             if len(tokenizer) > min(config.vocab_size, config.src_vocab_size or math.inf):
                 raise ValueError("the tokenizer has more ids than the model has words")
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError,
+            RuntimeError) as error:
         # torch lists the weights that differ over many lines: the first ones tell enough.
         reason = textwrap.shorten(str(error), 300)
         raise ValueError(f"{path} does not fit this transformer.py: {reason}") from None
@@ -1273,8 +1278,8 @@ def from_torch(module, config):
     start fresh.
 
     Its biases on the projections (attention_bias) and the norms at the end of its post-norm stacks
-    (final_norms), which the paper lacks, come along. Raises ValueError, naming the difference, if
-    it does not fit the config.
+    (final_norms), which the paper lacks, come along, and so does its training or eval mode. Raises
+    ValueError, naming the difference, if it does not fit the config.
     """
     layers = [*module.encoder.layers, *module.decoder.layers]
     has_norm = module.encoder.norm is not None
@@ -1306,7 +1311,7 @@ def from_torch(module, config):
             ours.copy_(theirs)
         elif ours is not None:
             ours.zero_()                # no bias is a bias of zero
-    return model
+    return model.train(module.training)
 
 @torch.no_grad()
 def to_torch(model):
@@ -1448,7 +1453,7 @@ def translate(model, tokenizer, lines, beam_size=4, length_penalty=None, batch_t
     """Translations of a list of strings, in order: [[(text, score), ...n_best], ...].
 
     An empty line stays empty. Line breaks in a translation become spaces. Sources are cut after
-    max_src ids, since memory grows with the square of the length.
+    max_src ids, since the time of attention grows with the square of the length.
     length_penalty: None is the model's own.
     batch_tokens: ids that the sentences of a batch may need together: their sources, and for each
         hypothesis of the beam a target of the greatest length, source length + 50.
@@ -1688,7 +1693,7 @@ settings = {name: value for name, value in globals().items() if name not in not_
 LONGEST_LINE = 1 << 20      # bytes of a line that are kept
 
 def line_text(line):
-    """The text of a line of bytes. What is not UTF-8 becomes U+FFFD."""
+    """The text of a line of bytes. What is not UTF-8 becomes U+FFFD, a byte-order mark goes."""
     return line.rstrip(b"\r\n").decode("utf-8", "replace").removeprefix("\ufeff")
 
 def read_windows(stream):
@@ -1761,8 +1766,10 @@ def translate_stdin():
     n_lines = 0
     for lines in read_windows(sys.stdin.buffer):
         for number, line in enumerate(lines, n_lines + 1):
-            # An id is a byte or more, and a character at most four bytes: most need no count.
-            if 4 * len(line) + 1 > longest and len(tokenizer.encode(line)) > longest:
+            # A line of n characters has at most 4n + 1 bytes, and no more ids. So most lines need
+            # not be encoded twice.
+            may_be_cut = line.strip() and 4 * len(line) + 1 > longest
+            if may_be_cut and len(tokenizer.encode(line)) > longest:
                 print(f"line {number} is cut after {longest} ids ({reason})", file=sys.stderr)
         progress = None
         if sys.stderr.isatty() and not sys.stdout.isatty():
@@ -1788,6 +1795,8 @@ def main():
         sys.exit(130)
     except ValueError as error:
         fail(str(error))
+    except MemoryError:
+        fail("out of memory")
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
