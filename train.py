@@ -2,7 +2,7 @@
 """
 Training a Transformer: Section 5 of the paper.
 
-    python train.py                                 # learns to copy, in half a minute
+    python train.py                                 # learns to copy, in about half a minute
     python train.py --src=a.en --tgt=a.de --val_src=b.en --val_tgt=b.de --out_dir=out
     python train.py --resume=True --out_dir=out     # goes on where that run stopped
     torchrun --nproc_per_node=2 train.py ...        # the same run on two GPUs, or two CPU processes
@@ -46,7 +46,7 @@ norm_first = False          # False: the paper's post-norm; True: pre-norm
 label_smoothing = 0.1       # §5.4
 batch_tokens = 1280         # source ids, and target ids, of a step on all processes, with padding
 accumulate = 0              # micro-batches that a step is cut into; 0: one for each process
-max_steps = 400             # optimizer steps; 0: as many as `epochs` needs
+max_steps = 600             # optimizer steps; 0: as many as `epochs` needs
 epochs = 0.0                # passes over the training pairs, if max_steps is 0
 learning_rate = 3e-3        # of Adam after warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
 muon = 5e-3                 # of Muon, which trains the layers' matrices, and lets them decay by
@@ -59,8 +59,8 @@ average_last = 1            # model.pt is the mean of so many checkpoints (§6.1
 patience = 0                # stop after this many validations in a row that are no better; 0: never
 # evaluation
 log_interval = 50           # steps between progress lines
-eval_interval = 200         # steps between validations
-checkpoint_interval = 200   # steps between checkpoints
+eval_interval = 300         # steps between validations
+checkpoint_interval = 300   # steps between checkpoints
 beam_size = 4               # hypotheses for each sentence in the final BLEU (§6.1)
 length_penalty = -1.0       # alpha (§6.1), kept in model.pt; -1: the best of 0.6, 1.0 and 1.4
 # the machine
