@@ -2483,6 +2483,22 @@ def test_hard_kills_lose_nothing(tmp_path, early, mistake):
     assert "d_model" in mistake("train.py", "--resume=True", "--d_model=64", f"--out_dir={folder}")
 
 
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_after_the_first_signal_one_of_either_kind_ends_a_run_at_once(first, monkeypatch):
+    monkeypatch.setattr(train, "stop_signal", 0)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for kind in before:
+            signal.signal(kind, train.on_signal)
+        signal.raise_signal(first)
+        assert train.stop_signal == first
+        for kind in before:
+            assert signal.getsignal(kind) == signal.SIG_DFL
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
 FORTY_STEPS = f"train.py {TINY} --max_steps=40"
 RESTARTED = f"{TORCHRUN} {FORTY_STEPS}"
 

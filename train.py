@@ -699,9 +699,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for matrices (Jordan et al., 2024).
 
     torch.optim.Muon with adjust_lr_fn="match_rms_adamw" takes the same steps, but one matrix after
-    the other, and always in bfloat16. On a CPU without bfloat16 in hardware, that takes longer than
-    the rest of a training step. This one takes all matrices of one shape through the products
-    together, in the dtype that it is given.
+    the other, and always in bfloat16, which is slow on a CPU that lacks it in hardware. This one
+    takes all matrices of one shape through the products together, in the dtype that it is given.
     """
 
     def __init__(self, matrices, dtype):
