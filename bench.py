@@ -12,6 +12,8 @@ Prints a table for people and, as the last line, one JSON object for programs.
 Speed is in real ids a second, source and target together: padding is not counted.
 """
 
+from transformer import settings_of
+
 # ---- settings ---------------------------------------------------------------
 size = "small"          # copy, tiny, small, base or big: see SIZES below
 batch = 64              # sentence pairs in a step
@@ -26,19 +28,13 @@ dtype = "auto"          # bfloat16, float32, or int8 to decode in; auto: bfloat1
 plan = False            # True: measures this machine and says what a run would cost
 plan_tokens = 5e9       # source and target ids the run reads in all; the paper's: 100,000 x 50,000
 plan_devices = 1        # devices like this one; gradients are summed over them once a step
-compile = True          # the training step of this model; torch.nn.Transformer runs as documented
+compile = True          # False: this model's training step is neither compiled nor a CUDA graph
 seed = 1
 # ---- end of settings --------------------------------------------------------
-settings = {
-    name: value
-    for name, value in globals().items()
-    if name[0] != "_" and type(value) in (bool, int, float, str)
-}
+settings = settings_of(globals())
 
-import gc
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -56,30 +52,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from train import (
-    Loss,
-    available_cores,
-    find_device,
-    keep_freed_memory,
-    local_rank,
-    local_world,
-    rank,
-    why_not_compile,
-    world,
-)
+    GRAPH_SIZE, Graphs, Loss, flat_gradient, make_work, rank, set_up, why_not_compile, world)
 from transformer import (
-    BOS,
-    EOS,
-    PAD,
-    Config,
-    Transformer,
-    beam_search,
-    fail,
-    for_inference,
-    has_bfloat16,
-    has_int8,
-    override,
-    sinusoids,
-)
+    BOS, EOS, PAD, Config, Transformer, beam_search, fail, for_inference, has_bfloat16, has_int8,
+    override, sinusoids)
 
 # d_model, d_ff, heads, layers on each side. The last two are Table 3 of the paper.
 SIZES = {
@@ -103,7 +79,7 @@ def check_settings():
         least = LEAST.get(name, 1)
         if type(default) in (int, float) and not least <= value <= 1e15:
             fail(f"--{name} must be from {least} to 1e15, got {value}")
-    if plan and "RANK" in os.environ:
+    if plan and world > 1:
         fail("--plan=True measures one process: start it without torchrun")
 
 # ---- What a step costs, and what the machine can do -------------------------
@@ -211,14 +187,20 @@ def greedy(model, src, n):
     return ids[:, 1:]
 
 def random_batch():
-    """Sentence pairs of random words. -> src (batch, length), tgt (batch, 1 + length) after BOS"""
+    """Sentence pairs of random words, as train.py gives them to its step.
+
+    -> src (batch, length), tgt (batch, 1 + length) after BOS, (): target ids of all processes
+    Each process has its own words, but in sentences of the same lengths: equally much to do.
+    """
+    torch.manual_seed(seed)
     shortest = max(1, length // 2)
     lengths = torch.randint(shortest, length + 1, (batch,))
+    torch.manual_seed(seed + rank)
     real = torch.arange(length) < lengths[:, None]
     src = torch.randint(EOS + 1, vocab_size, (batch, length)).where(real, PAD)
     tgt_out = torch.randint(EOS + 1, vocab_size, (batch, length)).where(real, PAD)
     start = torch.full((batch, 1), BOS)
-    return src, torch.cat((start, tgt_out), 1)
+    return src, torch.cat((start, tgt_out), 1), world * lengths.sum()
 
 # ---- Measuring --------------------------------------------------------------
 
@@ -243,27 +225,50 @@ def matmul_rate(device, dtype):
     took = timed(partial(torch.matmul, a, b), 100, 2, 0.2)
     return 2 * n**3 / took
 
-def training_step(loss_fn, optimizer, src, tgt, numbers):
-    """Forward, loss, backward, Adam."""
-    with torch.autocast(src.device.type, torch.bfloat16, enabled=numbers == "bfloat16"):
-        loss, _ = loss_fn(src, tgt)
-    n_tgt = (tgt[:, 1:] != PAD).sum()
-    (loss / n_tgt).backward()
+def autocast(device, numbers):
+    """The context in which matrix products are computed in "float32" or "bfloat16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=numbers == "bfloat16")
+
+def adam(model):
+    """The paper's optimizer (§5.3) in one kernel, at a rate that doesn't matter here."""
+    return torch.optim.Adam(model.parameters(), 1e-4, (0.9, 0.98), 1e-9, fused=True)
+
+def training_step(work, gradient, optimizer, clear, inputs):
+    """Forward, loss, backward, Adam. gradient: what all processes sum; None: nothing"""
+    work(*inputs)
+    if gradient is not None:
+        dist.all_reduce(gradient)
     optimizer.step()
-    optimizer.zero_grad()
+    clear()
 
-def time_training(loss_fn, src, tgt, numbers, limit):
-    """Median seconds of a training step in "float32" or "bfloat16"."""
-    optimizer = torch.optim.Adam(loss_fn.parameters(), 1e-4, (0.9, 0.98), 1e-9, fused=True)
-    step = partial(training_step, loss_fn, optimizer, src, tgt, numbers)
-    return timed(step, steps, 2, limit)
+def time_own(config, inputs, numbers, compiled, graph, together=False):
+    """A training step of a new model of this project, as train.py takes it.
 
-def own_loss(config, device):
-    """This model, new, in the module that train.py trains, compiled if the setting says so."""
-    loss_fn = Loss(Transformer(config).to(device), 0.1)
-    if compile:
+    together: with all other processes. -> median seconds, how it ran (a text), number of weights
+    """
+    device = inputs[0].device
+    torch.manual_seed(seed)                     # every process has the same weights
+    model = Transformer(config).to(device)
+    loss_fn = Loss(model, 0.1)
+    how = ""
+    if compiled:
         loss_fn.compile_parts()
-    return loss_fn
+        how += ", compiled"
+    gradient = flat_gradient(model)
+    work = make_work(loss_fn, autocast(device, numbers))
+    if graph:
+        work = Graphs(work, gradient)
+
+    shared = None
+    limit = seconds
+    if together:
+        shared = gradient
+        limit = math.inf        # all must take equally many steps: the clock of one can't end them
+    step = partial(training_step, work, shared, adam(model), gradient.zero_, inputs)
+    took = timed(step, steps, 2, limit)
+    if graph and work.graphs:                   # else the graph was wrong, and is not used
+        how += ", graph"
+    return took, how, gradient.numel()
 
 def add_row(table, what, took, n_ids, ideal=None):
     """Prints a row and adds it to the table. took: seconds for n_ids real ids.
@@ -287,24 +292,29 @@ def add_row(table, what, took, n_ids, ideal=None):
 
 # ---- The three questions. Each adds to the table and returns keys of the JSON object ----
 
-def compare(table, config, src, tgt, numbers, n_ids, ideal, fast):
-    """This model beside torch.nn.Transformer. fast: seconds of this model's training step.
+def compare(table, config, inputs, numbers, n_ids, ideal, own):
+    """This model beside torch.nn.Transformer. own: seconds of this model's rows, the plain first.
 
     Where this model has bfloat16, the reference is timed in it too. Narrow types don't win
     everywhere, so the better time of the reference counts.
     """
+    warnings.filterwarnings("ignore", "enable_nested_tensor")   # about a way that isn't taken here
     precisions = sorted({"float32", numbers}, reverse=True)    # one or two
+    src = inputs[0]
     reference = TorchTransformer(config).to(src.device)
+    optimizer = adam(reference)
     loss_fn = Loss(reference, 0.1)
     slow = math.inf
     for precision in precisions:
-        took = time_training(loss_fn, src, tgt, precision, seconds)
+        work = make_work(loss_fn, autocast(src.device, precision))
+        step = partial(training_step, work, None, optimizer, optimizer.zero_grad, inputs)
+        took = timed(step, steps, 2, seconds)
         known = None
         if precision == numbers:                # the rate of products was measured in these
             known = ideal
         add_row(table, f"train, torch.nn.Transformer, {precision}", took, n_ids, known)
         slow = min(slow, took)
-    found = {"train_speedup": slow / fast}
+    found = {"train_speedup": slow / min(own), "train_speedup_plain": slow / own[0]}
 
     # One sentence without padding, many times, and every translation of the same length.
     source = src[:1, :24].clamp(min=EOS + 1).repeat(decode_batch, 1)
@@ -329,28 +339,26 @@ def compare(table, config, src, tgt, numbers, n_ids, ideal, fast):
 
     found["peak_memory_bytes"] = peak_memory(src.device)
     print("""
-training {train_speedup:.1f}x, decoding with beam 1 {decode_speedup_beam_1:.1f}x as fast
+training {train_speedup:.1f}x, neither compiled nor as a graph {train_speedup_plain:.1f}x,
+decoding with beam 1 {decode_speedup_beam_1:.1f}x as fast
 as torch.nn.Transformer, run as its documentation shows, not compiled, in the better of its rows
 peak memory of this process, all rows together: {peak_memory_bytes:,} bytes""".format_map(found))
     return found
 
-def compare_processes(table, config, src, tgt, numbers, n_ids, ideal, alone):
+def compare_processes(table, config, inputs, numbers, way, n_ids, ideal, own):
     """The same step on all processes together, each with a batch like this.
 
-    alone: seconds of the step on rank 0, while the others wait here. Afterwards nothing holds the
-    DistributedDataParallel module.
+    way: compiled, graph. own: seconds of the rows on rank 0, the last in this way, while the others
+    wait here.
     """
     dist.barrier()
-    loss_fn = nn.parallel.DistributedDataParallel(own_loss(config, src.device))
-    # All must take equally many steps, so the clock of one process can't end the row.
-    together = time_training(loss_fn, src, tgt, numbers, math.inf)
-    if dist.get_rank() != 0:
+    together, how, n_weights = time_own(config, inputs, numbers, *way, together=True)
+    if rank > 0:
         return {}
 
-    world = dist.get_world_size()
-    add_row(table, f"the same on {world} processes", together, n_ids * world, ideal)
-    efficiency = alone / together
-    n_bytes = sum(4 * p.numel() for p in loss_fn.parameters())
+    add_row(table, f"the same on {world} processes{how}", together, n_ids * world, ideal)
+    efficiency = own[-1] / together
+    n_bytes = 4 * n_weights
     print(f"\nscaling efficiency {efficiency:.0%}; all-reduce: {n_bytes / 1e6:,.1f} MB a step")
     return {"scaling_efficiency": efficiency, "all_reduce_bytes": n_bytes}
 
@@ -367,7 +375,6 @@ def plan_run(n, took, n_ids, step_flops, peak):
 {plan_tokens:,.0f} ids; devices like this one: {plan_devices:,}, if what connects them keeps up
   {n:,} parameters, {work:.3g} FLOPs, {hours:,.1f} hours
   model.pt {4 * n / 1e6:,.0f} MB; last.pt {12 * n / 1e6:,.0f} MB: weights and Adam's two moments
-    (and as much as model.pt for each of --average_last)
   memory of a device: {16 * n / 1e9:.2f} GB for weights, gradients and moments
     (with everything else, this process had {peak / 1e9:.2f} GB)
   all-reduce: {all_reduce / 1e6:,.0f} MB a step""")
@@ -384,27 +391,8 @@ def plan_run(n, took, n_ids, step_flops, peak):
 
 # ---- A run ------------------------------------------------------------------
 
-def start():
-    """Joins the other processes and sets torch up as train.py does. -> the device of this one"""
-    try:
-        here = find_device(device, local_rank)
-    except ValueError as error:
-        fail(str(error))
-    cuda = here.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(here)             # or every process would wait for the first GPU
-        torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for every length
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-        torch.set_num_threads(max(1, available_cores() // local_world))
-    torch.set_float32_matmul_precision("high")
-    keep_freed_memory()                 # torch.nn.Transformer gains by this as well
-    warnings.filterwarnings("ignore", "enable_nested_tensor")   # about a way that isn't taken here
-    return here
-
 def choose_numbers(device, d_model):
-    """What this model trains in: "float32" or "bfloat16", as train.py does by default (but for
-    float16, which it takes on old GPUs)."""
+    """What this model trains in: "float32" or "bfloat16", as train.py does by default."""
     if dtype in ("float32", "bfloat16"):
         return dtype
     # On a CPU, narrow matrices don't win back the casts.
@@ -413,55 +401,59 @@ def choose_numbers(device, d_model):
         return "bfloat16"
     return "float32"
 
+def choose_ways(device, d_model):
+    """How this model's training step is timed: [(compiled, graph), ...]. The plain way comes first,
+    that of a long run of train.py last."""
+    if not compile:
+        return [(False, False)]
+    reason = why_not_compile(device)
+    if reason:
+        fail(f"torch.compile does not work here, so add --compile=False: {reason}")
+    if device.type == "cuda" and batch * length * d_model <= GRAPH_SIZE:
+        return [(False, False), (False, True), (True, True)]
+    return [(False, False), (True, False)]
+
 def main():
     check_settings()
-    here = start()
-    if compile:
-        reason = why_not_compile(here)
-        if reason:
-            fail(f"torch.compile does not work here, so add --compile=False: {reason}")
+    here = set_up(device)
+    if world > 1:
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
 
     D, d_ff, n_heads, n_layers = SIZES[size]
+    ways = choose_ways(here, D)
     numbers = choose_numbers(here, D)
     config = Config(vocab_size, D, n_heads, d_ff, n_layers, n_layers, norm_first=True)
-    torch.manual_seed(seed)
-    src, tgt = random_batch()
-    n_src = int((src != PAD).sum())             # and as many target ids
+    inputs = [x.to(here) for x in random_batch()]
+    n_src = int(inputs[2]) // world             # and as many target ids
     n_ids = 2 * n_src
-    src = src.to(here)
-    tgt = tgt.to(here)
     step_flops = flops(config, n_src, n_src, n_src / batch, n_src / batch)
     rate = matmul_rate(here, getattr(torch, numbers))
     ideal = step_flops / rate
 
     if rank == 0:
         print(f"""{size}: {D}/{d_ff}/{n_heads}/{n_layers}+{n_layers}, {vocab_size:,} words
-{n_ids:,} real ids in a step, {1 - n_src / src.numel():.0%} padding
+{n_ids:,} real ids in a step, {1 - n_src / (batch * length):.0%} padding
 {here}, {torch.get_num_threads()} threads, torch {torch.__version__}, processes: {world}
 {rate / 1e12:.3f} TFLOP/s in matrix products, {numbers}; MFU is the share of it that a step makes
 
 {'':50}{'ids/s':>12}{'ms':>12}{'MFU':>7}""", flush=True)
 
-    # This model's training step, on one process. Any others wait in compare_processes.
+    # The rows of one process. Any others wait in compare_processes.
     table = []
-    took = 0.0
+    own = []
     if rank == 0:
-        loss_fn = own_loss(config, here)
-        n_weights = sum(p.numel() for p in loss_fn.parameters())
-        took = time_training(loss_fn, src, tgt, numbers, seconds)
-        del loss_fn
-        how = ", compiled" if compile else ""
-        add_row(table, f"train, this model, {numbers}{how}", took, n_ids, ideal)
+        for compiled, graph in ways:
+            took, how, n_weights = time_own(config, inputs, numbers, compiled, graph)
+            add_row(table, f"train, this model, {numbers}{how}", took, n_ids, ideal)
+            own.append(took)
 
     if world > 1:
-        found = compare_processes(table, config, src, tgt, numbers, n_ids, ideal, took)
-        # gloo may abort a process that still has a DistributedDataParallel when the group ends.
-        gc.collect()
+        found = compare_processes(table, config, inputs, numbers, ways[-1], n_ids, ideal, own)
         dist.destroy_process_group()
     elif plan:
-        found = plan_run(n_weights, took, n_ids, step_flops, peak_memory(here))
+        found = plan_run(n_weights, min(own), n_ids, step_flops, peak_memory(here))
     else:
-        found = compare(table, config, src, tgt, numbers, n_ids, ideal, took)
+        found = compare(table, config, inputs, numbers, n_ids, ideal, own)
 
     if rank == 0:
         result = {

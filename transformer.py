@@ -909,7 +909,6 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
 import copy
 import difflib
 import heapq
-import io
 import os
 import re
 import sys
@@ -1110,6 +1109,61 @@ class Tokenizer:
         except UnicodeDecodeError:
             return data.decode("utf-8", "replace")
 
+# ---- BLEU: how much a translation shares with a reference --------------------------
+
+def words_13a(line):
+    """The words of mteval-v13a: punctuation stands apart, but not inside numbers."""
+    line = line.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    for entity, char in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+        line = line.replace(entity, char)
+    line = re.sub(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 ", f" {line} ")
+    line = re.sub(r"([^0-9])([\.,])", r"\1 \2 ", line)
+    line = re.sub(r"([\.,])([^0-9])", r" \1 \2", line)
+    return re.sub(r"([0-9])(-)", r"\1 \2 ", line).split()
+
+def characters(line):
+    """Every character but the spaces is a word: for languages without spaces."""
+    return list("".join(line.split()))
+
+BLEU_WORDS = {"13a": words_13a, "none": str.split, "char": characters}
+
+def bleu(hypotheses, references, tokenize="13a"):
+    """Corpus BLEU in percent, one reference a line, as sacreBLEU has it (Papineni et al., 2002).
+
+    tokenize: what a word is: "13a", as sacreBLEU's default; "none", what stands between spaces;
+    "char", every character. Raises ValueError if there are not as many references as hypotheses.
+
+    The share of a translation's 1- to 4-grams that its reference has too: the mean of the four
+    shares, as logarithms, times a penalty if all in all the translations are shorter. A count of 0
+    becomes 1/2, the next 1/4, and so on.
+    """
+    words = BLEU_WORDS[tokenize]
+    match = [0] * 4
+    total = [0] * 4
+    n_hyp = 0
+    n_ref = 0
+    for hypothesis, reference in zip(hypotheses, references, strict=True):
+        hyp = words(hypothesis)
+        ref = words(reference)
+        n_hyp += len(hyp)
+        n_ref += len(ref)
+        for n in range(4):
+            hyp_grams = Counter(zip(*(hyp[i:] for i in range(n + 1)), strict=False))
+            ref_grams = Counter(zip(*(ref[i:] for i in range(n + 1)), strict=False))
+            match[n] += (hyp_grams & ref_grams).total()
+            total[n] += hyp_grams.total()
+    if not any(match) or 0 in total:
+        return 0.0
+
+    log_precision = 0.0
+    smoothed = 1.0
+    for m, t in zip(match, total, strict=True):
+        if m == 0:
+            smoothed /= 2
+        log_precision += math.log(100 * (m or smoothed) / t) / 4
+    brevity = min(1.0, math.exp(1 - n_ref / n_hyp))
+    return brevity * math.exp(log_precision)
+
 # ---- Checkpoints: tensors and plain values, nothing that could run -------------
 
 FORMAT = "attention-is-all-you-need/1"
@@ -1120,21 +1174,24 @@ def write_atomically(path, content):
     The content goes to a file beside path, then to the disk, and only then gets path's name.
     Whenever the power goes, path is the old file or the new one. Raises OSError with the path.
     """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     path = os.path.realpath(path)
     unfinished = path + ".tmp"
     try:
         with open(unfinished, "wb") as file:
-            file.write(buffer.getbuffer())
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+        reason = error
+        if isinstance(error.__context__, OSError):      # torch puts an error of its own around it
+            reason = error.__context__
+        if not isinstance(reason, OSError):
+            raise
         # Python names no path with "No space left on device".
-        raise OSError(error.errno, error.strerror, path) from None
+        raise OSError(reason.errno, reason.strerror, path) from None
 
 def save(path, model, tokenizer=None, length_penalty=None):
     """Writes the model, and all it takes to translate with it, to one file, atomically.
@@ -1165,15 +1222,20 @@ def save(path, model, tokenizer=None, length_penalty=None):
     write_atomically(path, {"format": FORMAT, "config": vars(model.config), "model": weights,
                             "merges": merges, "length_penalty": float(length_penalty)})
 
-def read_checkpoint(path):
+def read_checkpoint(path, mapped=False):
     """What write_atomically wrote, if every bit is still right. Raises ValueError, in one line, or
-    MemoryError."""
+    MemoryError.
+
+    mapped: the tensors stay in the file and are read where they are used, so nothing compares their
+    checksums.
+    """
     try:
         # torch.load compares no checksums, so a flipped bit would become a wrong weight.
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if not mapped:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
     except OSError as error:
@@ -1336,6 +1398,20 @@ Transformer.to_torch = to_torch
 
 # ---- A loaded model, made fast on this machine -----------------------------------
 
+def find_device(name, local_rank=0):
+    """The torch.device of that name. "auto" is "cuda" where there is a GPU, and else the CPU. Of
+    several processes on a machine, "cuda" gives each its own GPU. Raises ValueError, in one line,
+    if the device can't be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device={name} can't be used: {reason}") from None
+
 # The fast products of a CPU are private to torch, so any version may lack some of them. They are
 # looked for by name, and where one is missing, the layer stays what it is.
 
@@ -1439,6 +1515,23 @@ def for_inference(model, dtype="auto"):
             out_dtype = torch.float32 if is_attention and name != "out" else between
             setattr(parent, name, PackedLinear(linear, dtype, out_dtype))
     return fast
+
+def cuda_graph(call, inputs, pool=None):
+    """Records what call(*inputs) launches on a GPU, without computing it.
+
+    inputs: tensors. pool: of another graph that is never replayed at the same time: graph.pool()
+    Returns the graph, whose replay() computes the same again from what the inputs hold then, and
+    the result, which is in the same place each time.
+    """
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(2):              # what libraries set up at their first calls is not recorded
+            call(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = call(*inputs)
+    return graph, result
 
 # ---- Translation: text in, text out ----------------------------------------------
 
@@ -1633,6 +1726,12 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
+def settings_of(names):
+    """The settings of a script: of its globals so far, those with a plain value. -> dict"""
+    plain = (bool, int, float, str)
+    return {name: value for name, value in names.items()
+            if name.islower() and name[0] != "_" and type(value) in plain}
+
 def show_help(path):
     """Prints the docstring and the settings of the script at path, as they stand there."""
     with open(path, encoding="utf-8") as file:
@@ -1675,8 +1774,6 @@ def override(settings, argv, path):
             fail(f"--{name} must be {expected}, got {value!r}")
     return given
 
-# All names so far, so that `settings`, below, holds no others than those in between.
-not_settings = {*globals(), "not_settings"}
 # ---- settings ---------------------------------------------------------------
 checkpoint = ""             # a model.pt that train.py wrote; "": the tour
 beam_size = 4               # hypotheses kept for each sentence; 1 is greedy
@@ -1688,7 +1785,7 @@ show_attention = False      # True draws each translation's attention map under 
 device = "auto"             # cpu, cuda, cuda:1, mps; auto: cuda where there is one
 dtype = "auto"              # float32, bfloat16, int8 (fastest on a CPU); auto: see for_inference
 # ---- end of settings --------------------------------------------------------
-settings = {name: value for name, value in globals().items() if name not in not_settings}
+settings = settings_of(globals())
 
 LONGEST_LINE = 1 << 20      # bytes of a line that are kept
 
@@ -1716,16 +1813,11 @@ def read_windows(stream):
 
 def load_to_translate():
     """The model and the tokenizer that the settings name, ready for this machine."""
-    where = device
-    if device == "auto":
-        where = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model, tokenizer = load(checkpoint, where)
+        model, tokenizer = load(checkpoint, find_device(device))
         model = for_inference(model, dtype)
     except ValueError as error:
         fail(str(error))
-    except (RuntimeError, AssertionError, ImportError) as error:    # for a device that isn't there
-        fail(f"--device={device} can't be used: {str(error).splitlines()[0]}")
     if tokenizer is None:
         fail(f"{checkpoint} holds no tokenizer: its model was trained on ids, not on text")
     if dtype == "int8" and not has_int8(model.embedding.weight.device):
