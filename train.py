@@ -9,25 +9,27 @@ Training a Transformer: Section 5 of the paper, from two text files to a transla
 
 Every setting below can be overridden as --name=value. --help prints them.
 
-Where to begin: search for "the step". These thirty lines are the training; the loop around them, at
-the end of this file, is the whole of a run. Above it stand the functions that the step calls
-(schedule, optimizers, loss), then text and batches, then validation, then how a run begins.
+Where to begin: search for "---- the step". Those thirty lines are the training; the loop around
+them, at the end of this file, is the whole of a run. Above it stand the functions that the step
+calls (schedule, optimizers, loss), then text and batches, then validation, then how a run begins.
 
 Three ideas keep this file short.
 
 The folder is the run. out_dir holds data.pt (the text as ids, and the tokenizer), last.pt (all that
-the next step needs), model.pt (the best model so far, to use) and log.jsonl. The same command again
-goes on where last.pt is. A run that has ended says so, and changes nothing.
+the next step needs), model.pt (the best model so far, or without validation the newest) and
+log.jsonl. The same command again goes on where last.pt is. A run that has ended says so, and
+changes nothing.
 
-Step n follows from last.pt, data.pt and n. Its batches come from the seed and the epoch, the random
-numbers of its j-th micro-batch from the seed, n and j. A micro-batch is a part of a step that is
-computed at once: a step is the sum of `accumulate` of them. Which process computes it makes no
-difference, so the number of processes does not change the run.
+Step n follows from last.pt, data.pt and n. A step is the sum of `accumulate` micro-batches, each of
+them computed at once. Their sentences follow from the seed and the epoch, the random numbers of
+micro-batch j from the seed, n and j. It makes no difference which process computes it. So with the
+same `accumulate`, the number of processes does not change the run.
 
 All gradients are one tensor. Each weight's gradient is a view into it. So several processes sum
 their gradients in one call, and one norm clips them.
 """
 
+# The other imports stand below the settings, because a reader wants these first.
 from transformer import settings_of
 
 # ---- settings ---------------------------------------------------------------
@@ -55,14 +57,14 @@ dropout = 0.0               # probability; random sequences leave nothing to ove
 norm_first = False          # False: the paper's post-norm; True: pre-norm
 # optimisation
 label_smoothing = 0.1       # §5.4
-batch_tokens = 1280         # a step has so many source ids, and as many target ids, padding
-                            # included; all processes together
+batch_tokens = 1280         # a step has at most so many source ids, and as many target ids, with
+                            # padding; all processes together
 accumulate = 0              # micro-batches in a step, on all processes together; 0: as few as fit
 max_steps = 600             # optimizer steps; 0: as many as `epochs` needs
 epochs = 0.0                # passes over the training pairs, if max_steps is 0
 learning_rate = 3e-3        # of Adam after warm-up; 0: the paper's (d_model * warmup_steps)^-0.5
-muon = 5e-3                 # of Muon, which trains the layers' matrices, and lets them decay by
-                            # 0.1 times the rate; 0: Adam trains all, as in the paper
+muon = 5e-3                 # of Muon (see below), which trains the layers' matrices, and lets them
+                            # decay by 0.1 times the rate; 0: Adam trains all, as in the paper
 embedding_decay = 0.0       # AdamW's weight decay of the embeddings; 0: none, as in the paper
 warmup_steps = 30           # steps of linear rise; unless given, at most a tenth of the run
 decay = "linear"            # of the rate: inverse_sqrt (§5.3); linear: in the second half, to 0
@@ -321,7 +323,8 @@ class HashedDropout(nn.Module):
     def forward(self, x):
         if not self.training or self.kept == 65536:
             return x
-        # Two rounds of multiply and xorshift.
+        # Two rounds of multiply and xorshift, with odd numbers that mix bits well. A shift of an
+        # int32 draws in copies of its sign, and the & clears these.
         h = torch.arange(x.numel(), dtype=torch.int32).view(x.shape) * -1640531535 ^ self.seed
         h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
         h = (h ^ (h >> 15 & 0x1FFFF)) * -2073254261
@@ -462,8 +465,8 @@ class Graphs:
         replayed = self.alone(self, inputs, seed)
         same_loss = math.isclose(plain[0], replayed[0], rel_tol=0.02)
         if not same_loss or not math.isclose(plain[1], replayed[1], rel_tol=0.2):
-            say("the run goes on without CUDA graphs: one computed a loss and a norm of "
-                f"{replayed} instead of {plain}")
+            print("the run goes on without CUDA graphs: one computed a loss and a norm of "
+                  f"{replayed} instead of {plain}")
             self.graphs.clear()
             self.most = 0
         self.gradient.copy_(before)
@@ -480,15 +483,16 @@ class Graphs:
 def filled_up(x, y, size):
     """More padding, so that batches have few shapes, and few graphs serve them. -> x, y
 
-    Each side is widened to a multiple of 4, and rows of nothing but PAD are added: as many as the
-    plan can give where it allows `size` ids a side. Losses and gradients stay what they are.
+    Each side is widened to a multiple of 4. A batch of `size` ids has the more rows the narrower it
+    is, and up to 3 columns may have been added. So rows of nothing but PAD are added up to what the
+    narrowest batch can have. Padding changes no loss and no gradient.
     """
     S = x.size(1)
     T = y.size(1) - 1
     more_S = min(-S % 4, max_len - S)
     more_T = min(-T % 4, max_len - T)
-    narrowest = max(S + more_S, T + more_T) - 3         # what may have been widened to this
-    more_rows = size // max(1, narrowest) - len(x)
+    narrowest = max(5, S + more_S - 3, T + more_T - 3)  # the very narrow ones would become too many
+    more_rows = max(0, size // narrowest - len(x))
     x = F.pad(x, (0, more_S, 0, more_rows), value=PAD)
     y = F.pad(y, (0, more_T, 0, more_rows), value=PAD)
     return x, y
@@ -533,9 +537,10 @@ class Corpus:
 
     def padded(self, sequences):
         """Sequences, by their numbers (B,), as rows filled up with PAD. -> (B, longest) int64"""
-        lengths = self.lengths[sequences][:, None]
-        column = np.arange(lengths.max())
-        ids = self.ids.take(self.start[sequences][:, None] + column, mode="clip")
+        lengths = self.lengths[sequences][:, None]              # (B, 1)
+        column = np.arange(lengths.max())                       # (longest,)
+        place = self.start[sequences][:, None] + column         # (B, longest)
+        ids = self.ids.take(place, mode="clip")     # beyond the end of ids there is nothing to read
         return torch.from_numpy(np.where(column < lengths, ids, PAD).astype(np.int64))
 
     def batch(self, rows):
@@ -553,7 +558,8 @@ def plan_epoch(corpus, size, seed, epoch):
 
     # Neighbours should be alike on both sides. So pairs are sorted by target length, two lengths to
     # a group, and within a group by source length: rising in one group and falling in the next,
-    # so that it does not jump where a group ends. Noise shuffles equals.
+    # so that it does not jump where a group ends. Noise shuffles equals. (lexsort sorts by its last
+    # argument first.)
     group = corpus.n_tgt // 2
     up_or_down = np.where(group % 2, -corpus.n_src, corpus.n_src)
     order = np.lexsort((up_or_down + rng.random(len(corpus)), group))
@@ -672,14 +678,13 @@ def read_data():
 
 # ---- validation --------------------------------------------------------------------
 
-def validation_pairs(tokenizer):
-    """The text to validate with, and the ids of its first 2,000 pairs, which do until the end.
-    -> [(source line, target line), ...], [[source ids, target ids], ...]"""
+def validation_ids(tokenizer):
+    """The ids of the first 2,000 pairs of the text to validate with: they do until the end.
+    -> [[source ids, target ids], ...]"""
     if not val_src:
-        return [], []
-    lines = list(read_pairs(val_src, val_tgt))
-    ids = [[tokenizer.encode(line)[:max_len - 1] for line in pair] for pair in lines[:2000]]
-    return lines, ids
+        return []
+    pairs = list(read_pairs(val_src, val_tgt))
+    return [[tokenizer.encode(line)[:max_len - 1] for line in pair] for pair in pairs[:2000]]
 
 
 @torch.no_grad()
@@ -876,15 +881,13 @@ def new_run(given):
         refuse(given, sizes, init_from)
         base.update(sizes)
     settle(base, given)
-    max_len = min(max_len, config.learned_positions or max_len)
+    max_len = min(max_len, config.learned_positions or max_len)     # if it has these (Config)
     sizes = {name: globals()[name] for name in SIZES.split()}
     config = or_fail(replace, config, dropout=dropout, **sizes)
 
-    if not lock:
-        hold_folder()
     if src:
         tokenizer = tokenizer or learn_tokenizer()
-        _, val = validation_pairs(tokenizer)
+        val = validation_ids(tokenizer)
         pairs = ([tokenizer.encode(line) for line in pair] for pair in read_pairs(src, tgt))
         write_data(pairs, tokenizer.merges)
     else:
@@ -917,7 +920,8 @@ def go_on(given):
         fail(f"{place('last.pt')} is not of a run that this train.py can go on with: "
              "begin a new one in another --out_dir")
     old = state["settings"]
-    # What is said again as it was said before is not new: a 0 there has been worked out.
+    # What is given again as it was given before is not new. So a 0, whose value was worked out when
+    # the run began, is not worked out again.
     new = {name: value for name, value in given.items() if state["given"].get(name) != value}
     fixed = {name: old[name] for name in FIXED.split()}
     if bool(new.get("muon", old["muon"])) != bool(old["muon"]):     # its rate may change, no more
@@ -935,13 +939,15 @@ def go_on(given):
         state["n_worse"] = 0
     if src:
         _, tokenizer, _ = read_data()
-        _, val = validation_pairs(tokenizer)
+        val = validation_ids(tokenizer)
         if val != state["val"]:
             say("the validation text has changed, so the best score so far no longer counts")
             state.update(val=val, best=math.inf, n_worse=0)
-            new["val"] = val
+            new["val"] = "changed"
     if new:
-        state.update(settings=current_settings(), given=state["given"] | given, ended=False)
+        # Of max_steps and epochs, what was given last counts.
+        given = state["given"] | {"max_steps": 0, "epochs": 0.0} | given
+        state.update(settings=current_settings(), given=given, ended=False)
         write_atomically(place("last.pt"), state)
     return state["step"]
 
@@ -952,8 +958,7 @@ def begin(argv):
     if given.get("max_steps") and given.get("epochs"):
         fail("--max_steps and --epochs both say how long the run is: give one of them")
     globals().update(given)
-    if os.path.isdir(out_dir):
-        hold_folder()
+    hold_folder()
     if os.path.exists(place("last.pt")):
         return go_on(given)
     if os.path.exists(place("model.pt")):
@@ -1005,7 +1010,7 @@ if __name__ == "__main__":
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     if rank == 0:
-        decision = 1                                    # an exit status, or the settings
+        decision = 1                # an exit status; or, to go on, the settings and the last step
         try:
             step = begin(sys.argv[1:])
             decision = current_settings() | {"step": step}
@@ -1021,7 +1026,7 @@ if __name__ == "__main__":
         decision = json.loads(store.get("decision"))
         if type(decision) is int:
             sys.exit(decision)
-        globals().update(decision)
+        globals().update(decision)                      # `step` too
 
     # ---- this process among the others -----------------------------------------------------
     dev = set_up(device)
@@ -1050,7 +1055,7 @@ if __name__ == "__main__":
     if length_penalty >= 0:
         model.length_penalty = length_penalty           # goes into model.pt
     model = model.to(dev).train()
-    if world > 1:
+    if world > 1:                                       # should another machine see an older file
         for weight in model.parameters():
             dist.broadcast(weight.data, 0)
     # A second module for validation, never compiled. Its weights are the same tensors, so it knows
@@ -1059,7 +1064,7 @@ if __name__ == "__main__":
     plain.load_state_dict(model.state_dict(), assign=True)
     optimizers = make_optimizers(model, dev)
     for optimizer, values in zip(optimizers, state["optimizers"], strict=False):
-        optimizer.load_state_dict(values)
+        optimizer.load_state_dict(values)               # before the first step there are none
     val_plan = []
     if state["val"]:
         val = Corpus(*flat(state["val"]))
@@ -1074,11 +1079,10 @@ if __name__ == "__main__":
     compiled = compile == "True"
     if compile == "auto":
         compiled = max_steps >= COMPILE_STEPS.get(dev.type, math.inf)
-    if compiled:
-        reason = why_not_compile(dev)
-        if reason:
-            say(f"torch.compile does not work here, so the run goes on without: {reason}")
-            compiled = False
+    reason = compiled and why_not_compile(dev)
+    if reason:
+        say(f"torch.compile does not work here, so the run goes on without: {reason}")
+        compiled = False
     if compiled:
         say("compiling, which takes a minute or two")
         loss_fn.compile_parts()
@@ -1090,8 +1094,8 @@ if __name__ == "__main__":
         work = Graphs(work, gradient)
 
     # ---- what is about to run ----------------------------------------------------------------
-    changed = [f"{name}={value}" for name, value in settings_of(globals()).items()
-               if settings.get(name, value) != value]
+    changed = [f"{name}={value}" for name, value in current_settings().items()
+               if value != settings[name]]
     where = torch.cuda.get_device_name(dev) if cuda else f"{dev}, {torch.get_num_threads()} threads"
     say(f"settings  {' '.join(changed)}\n"
         f"machine   {world} x {where}, torch {torch.__version__}, {amp}, compiled: {compiled}, "
@@ -1114,19 +1118,23 @@ if __name__ == "__main__":
     totals = torch.zeros(2, device=dev)
     since = Counter()                                   # the last progress line: targets, ids...
     tick = time.time()
-    batches = batches_from(corpus, micro_tokens, seed, step * accumulate)
+    batches = batches_from(corpus, micro_tokens, seed, skip=step * accumulate)
     while step < max_steps and n_worse < enough:
         # ---- the step ------------------------------------------------------------------------
         step += 1
+        # The rates. (Without Muon there is one optimizer.)
         for optimizer, peak in zip(optimizers, (learning_rate, muon), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, peak)
 
-        # Every process knows the whole plan, and so how many target ids all of them have.
+        # The sentences. Every process knows the whole plan, and so how many target ids there are in
+        # all micro-batches. Divided by that number, sums of losses add up to the mean of the step.
         micro_batches = list(itertools.islice(batches, accumulate))
         rows = np.concatenate(micro_batches)
         n_tgt = corpus.n_tgt[rows].sum()
-        targets = torch.full((), n_tgt, dtype=torch.float32, device=dev)
+        divisor = torch.full((), n_tgt, dtype=torch.float32, device=dev)
+
+        # The gradients: those of this process's micro-batches, then the sum of all processes.
         gradient.zero_()
         for j in range(rank, accumulate, world):
             x, y = corpus.batch(micro_batches[j])
@@ -1137,7 +1145,7 @@ if __name__ == "__main__":
             mixed = np.random.SeedSequence((seed, step, j))
             torch.manual_seed(mixed.generate_state(1).item())
             try:
-                totals += work(x, y, targets)
+                totals += work(x, y, divisor)
             except RuntimeError as error:
                 if not re.search("out of memory|allocate memory", str(error)):
                     raise
@@ -1145,6 +1153,8 @@ if __name__ == "__main__":
                      "need less")
         if world > 1:
             dist.all_reduce(gradient)
+
+        # The update.
         norm = gradient.norm()
         if grad_clip:
             gradient.mul_((grad_clip / (norm + 1e-6)).clamp(max=1.0))
@@ -1156,7 +1166,7 @@ if __name__ == "__main__":
         # ---- once in a while: is all well? ---------------------------------------------------
         leave = stop_signal             # read once for this step: a signal may come at any moment
         intervals = (log_interval, eval_interval, checkpoint_interval)
-        if not leave and not any(due(step, interval) for interval in intervals):
+        if not leave and not any(due(step, n) for n in intervals):
             continue
         # A gradient that is not finite leaves weights and norms that are not, in all later steps.
         if not norm.isfinite():
@@ -1215,16 +1225,18 @@ if __name__ == "__main__":
     if world > 1:
         dist.destroy_process_group()
         if rank > 0:
-            sys.exit()
+            os._exit(0)     # at once: Python's own end may meet a thread of gloo, and abort
         torch.set_num_threads(available_cores())
-    stop_signal = stop_signal or 1                      # the next signal ends the run at once
+    del work                                            # graphs hold memory
+    if stop_signal:                                     # it came with the last step, which is saved
+        sys.exit(128 + stop_signal)
+    stop_signal = 1                                     # now the first signal ends the run at once
     if step < max_steps:
         say(f"step {step:6d}  {patience} validations without a better one: enough")
-    final, _ = load(place("model.pt"), dev)
+    final, _ = or_fail(load, place("model.pt"), dev)
 
     if val_src:
-        pairs, _ = validation_pairs(tokenizer)
-        sources, references = zip(*pairs, strict=True)
+        sources, references = zip(*read_pairs(val_src, val_tgt), strict=True)
         fast = for_inference(final, "bfloat16" if amp == torch.bfloat16 else "float32")
         penalties = [length_penalty]
         if length_penalty < 0:
@@ -1232,7 +1244,7 @@ if __name__ == "__main__":
         scores = {}
         for alpha in penalties:
             found = translate(fast, tokenizer, sources, beam_size, alpha, progress=progress)
-            scores[alpha] = bleu([best[0][0] for best in found], references, bleu_tokenize)
+            scores[alpha] = bleu([texts[0][0] for texts in found], references, bleu_tokenize)
         alpha = max(scores, key=scores.get)
         final.length_penalty = alpha
         keep(final)
@@ -1247,7 +1259,7 @@ if __name__ == "__main__":
         say(f"exact-sequence accuracy on {len(val):,} unseen sequences: {accuracy:.1%}, as in\n"
             f"  in   {x[0].tolist()}\n  out  {out[0].tolist()}")
         record(step=step, accuracy=accuracy)
-    state.update(best=best, ended=True)
+    state["ended"] = True
     write_atomically(place("last.pt"), state)
     say(f"the model is {place('model.pt')}")
     if src:
