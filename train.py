@@ -109,7 +109,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from transformer import (
-    BOS, EOS, PAD, Config, Tokenizer, Transformer, beam_search, bleu, cuda_graph, fail,
+    BOS, EOS, PAD, Config, Tokenizer, Transformer, beam_search, bleu, clean, cuda_graph, fail,
     find_device, for_inference, has_bfloat16, load, override, read_checkpoint, save, translate,
     write_atomically)
 
@@ -610,7 +610,7 @@ def read_lines(path):
                 text = gzip.open(file)
             for line in text:
                 n += 1
-                yield " ".join(line.decode("utf-8-sig").split())
+                yield clean(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         fail(f"line {n:,} of {path} is not UTF-8; if it is Latin-1, this makes it so: "
              f"iconv -f latin1 -t utf-8 {shlex.quote(path)} > new.txt")

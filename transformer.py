@@ -20,7 +20,8 @@ with the names of this file. Data flows upwards; the names are explained where t
       src (B, S)                                   tgt_in (B, T)
 
 The encoder reads the source once. The decoder then writes the target one token at a time, and looks
-at the source through cross-attention. Tokens are ids: whole numbers below V.
+at the source through cross-attention. Tokens are ids: whole numbers below V. Logits are scores: one
+number for each of the V words, and softmax turns them into probabilities.
 
 Each axis of a tensor has one letter: B batch (sentences), S source length, T target length, D
 d_model (the width), H heads, V vocabulary, and in decoding N beams (the hypotheses kept for each
@@ -43,10 +44,7 @@ EOS = 2
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a Transformer. The defaults are the paper's base model (Table 3).
-
-    Raises ValueError for sizes that cannot be.
-    """
+    """Sizes of a Transformer. The defaults are the paper's base model (Table 3)."""
 
     vocab_size: int = 37000         # V. §5.1: one vocabulary for both languages
     d_model: int = 512              # D: the width of everything that flows through the model
@@ -55,12 +53,12 @@ class Config:
     n_encoder_layers: int = 6
     n_decoder_layers: int = 6
     dropout: float = 0.1            # P_drop of §5.4
-    norm_first: bool = False        # False: post-norm, True: pre-norm (see AddNorm)
+    norm_first: bool = False        # the norm: False: after a sub-layer, True: before it
     learned_positions: int = 0      # 0: sinusoids; n: learned ones, n of them (Table 3, E)
     tied_output: bool = True        # §3.4: the target embedding is also the output projection
     src_vocab_size: int = 0         # 0: source and target share vocab_size and the embedding
-    attention_bias: bool = False    # biases on q, k, v, out, as torch.nn.Transformer has them
-    final_norms: bool = False       # True: a norm after post-norm stacks, as torch.nn.Transformer
+    attention_bias: bool = False    # biases in attention, as torch.nn.Transformer has them
+    final_norms: bool = False       # True: a norm after each stack, as torch.nn.Transformer
 
     def __post_init__(self):
         # Only checks: skip them at first reading.
@@ -102,11 +100,13 @@ def sinusoids(positions, d_model):
 
     positions: (...) -> (..., D), float32
 
-    Attention is a sum over a set: without this, "dog bites man" and "man bites dog" would be the
-    same sentence. Each pair of columns, a sine and a cosine, is a clock hand with its own speed. To
-    move by n positions turns each hand by a fixed angle, wherever one starts, and such a turn is a
-    matrix product. So a layer can learn a matrix for its queries that turns the hands n positions
-    back: each position then asks for the one n before it. And a formula works for any length.
+    The layers see a sentence as a set of words, without an order. Without this, "dog bites man" and
+    "man bites dog" would be the same to them. So each word's vector gets its position added.
+
+    Each pair of columns, a sine and a cosine, is a clock hand with its own speed. To move by n
+    positions turns each hand by a fixed angle, wherever one starts. Such a turn is a matrix
+    product. So a layer can learn a matrix that turns the hands back by n positions, and find the
+    word n places before each word. And a formula works for any length.
     """
     two_i = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32)
     frequency = torch.exp(two_i * (-math.log(10000.0) / d_model))   # (D/2,) = 10000^(-2i/D)
@@ -129,7 +129,8 @@ def sinusoids(positions, d_model):
 # another, and a signal from the first word to the last passes through all words between. With
 # attention all positions are computed at the same time, and any two of them are one step apart (§4,
 # Table 1). The price: T queries and S keys make T·S products of vectors, about T·S·D
-# multiplications, and for a text of twice the length this part of the work is four times as much.
+# multiplications, and the averages of the values take as many again. For a text of twice the length
+# this part of the work is four times as much.
 #
 # A mask says which keys a query may look at. Every mask in this file is boolean, and True means
 # "may attend".
@@ -147,21 +148,6 @@ def causal_mask(n, device=None):
     """
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
-def source_mask(src):
-    """Any query may look at the words of a source, and not at its padding.
-
-    src: (B, S) ids -> (B, 1, 1, S), which broadcasts over heads (see MultiHeadAttention) and
-    queries
-
-    A batch can hold a row of nothing but padding, an empty sentence. Its queries would be blind:
-    with no key to see, a plain softmax is 0/0 = NaN. So in such a row everything is visible. With
-    that done here, once, no layer has to look for blind queries. And no harm is done: what is read
-    there is only padding, of which `Transformer.encode` makes zeros.
-    """
-    is_word = src != PAD                                            # (B, S)
-    empty = ~is_word.any(-1, keepdim=True)                          # (B, 1)
-    return (is_word | empty)[:, None, None, :]
-
 def at_least_float32(x):
     """float16 and bfloat16 have too few digits for exponentials and sums. float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -178,8 +164,7 @@ def attention_weights(q, k, mask=None):
     >>> attention_weights(q, k)
     tensor([[0.2447, 0.0900, 0.6652]])
 
-    With the third key masked, the other two share its part. The masks of this file leave each query
-    a key, but others may not. Then all shares are zero:
+    With the third key masked, the other two share its part. With all masked, each share is zero:
 
     >>> attention_weights(q, k, mask=torch.tensor([[True, True, False]]))
     tensor([[0.7311, 0.2689, 0.0000]])
@@ -196,11 +181,10 @@ def attention_weights(q, k, mask=None):
     if mask is None:
         return scores.softmax(-1)
     hidden = ~mask
-    # The lowest finite number, not -inf: the softmax of nothing but -inf is NaN, forward and
-    # backward.
+    # The lowest finite number, not -inf: the softmax of nothing but -inf is 0/0 = NaN.
     lowest = torch.finfo(scores.dtype).min
     weights = scores.masked_fill(hidden, lowest).softmax(-1)        # (..., T, S)
-    return weights.masked_fill(hidden, 0.0)  # a row with no key: zeros, not equal shares
+    return weights.masked_fill(hidden, 0.0)  # without this, a row with all masked has equal shares
 
 def attention_by_definition(q, k, v, mask=None):
     """softmax(q·kᵀ / √d_k)·v, Eq. 1: each query gets a weighted average of the values.
@@ -214,14 +198,13 @@ def attention_by_definition(q, k, v, mask=None):
 # each head.
 MAX_WEIGHTS_ON_CPU = 512 * 512
 
-def attention(q, k, v, mask=None, causal=False, blind_queries=True):
+def attention(q, k, v, mask=None, causal=False):
     """The same, faster: skip it at first reading.
 
     A fused kernel is one program for the whole formula. It works block by block and never writes
     all weights to memory. Shapes are those of attention_by_definition. causal=True adds
-    causal_mask(T) to the mask. blind_queries=False promises that the mask leaves each query at
-    least one key, as the masks of this file do: that saves a GPU some work in every layer. Raises
-    ValueError for causal=True if T and S differ.
+    causal_mask(T) to the mask, and T must be S. The mask must leave each query at least one key:
+    for a query without any, the result depends on the kernel.
     """
     T = q.size(-2)
     S = k.size(-2)
@@ -240,16 +223,7 @@ def attention(q, k, v, mask=None, causal=False, blind_queries=True):
             mask = causal_mask(T, q.device)
         return attention_by_definition(q, k, v, mask)
 
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    if not blind_queries:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-    # A query without any key is "blind". The definition gives it zeros, but what a fused kernel
-    # gives it depends on the kernel. So let it see everything, and write the zeros afterwards.
-    blind = ~mask.any(-1, keepdim=True)                             # (..., T, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind)
-    return y.masked_fill(blind, 0.0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 class MultiHeadAttention(nn.Module):
     """H attentions side by side, each on projections of its own, d_k wide. §3.2.2
@@ -284,19 +258,17 @@ class MultiHeadAttention(nn.Module):
         return self.split_heads(k), self.split_heads(v)
 
     def forward(self, x, seen=None, mask=None, causal=False):
-        """Each position of x looks at the positions that are seen. (B, T, D) -> (B, T, D)
+        """Each position of x makes a query and looks at keys and values. (B, T, D) -> (B, T, D)
 
-        seen: a pair, the keys and values to look at, as keys_values() returned them; None for those
-        of x itself.
-        mask: broadcasts to (B, H, T, S) and leaves each query at least one key. causal=True: a
-        position sees itself and earlier ones.
+        seen: the keys and the values to look at, a pair that keys_values() returned. None: those of
+        x itself, which makes this self-attention.
+        mask: broadcasts to (B, H, T, S). causal=True: a position sees itself and earlier ones.
         """
         if seen is None:
             seen = self.keys_values(x)
         k, v = seen                                                 # (B, H, S, d_k) each
         q = self.split_heads(self.q(x))                             # (B, H, T, d_k)
-        # No query is blind: source_mask sees to that, and causality lets a position see itself.
-        y = attention(q, k, v, mask, causal, blind_queries=False)   # (B, H, T, d_k)
+        y = attention(q, k, v, mask, causal)                        # (B, H, T, d_k)
         side_by_side = y.transpose(1, 2).flatten(2)                 # (B, T, D)
         return self.out(side_by_side)                           # (B, T, D): W^O mixes the heads
 
@@ -332,12 +304,12 @@ class AddNorm(nn.Module):
     So sums do not grow from layer to layer.
 
     This order is the paper's, post-norm. In a fresh stack of this kind the gradients of the upper
-    layers are large, and large first steps ruin it. So the paper's learning rate rises from nothing
-    (§5.3).
+    layers are large, and large first steps ruin it (Xiong et al., 2020). A learning rate that rises
+    from zero avoids them. The paper has one (§5.3), but gives no reason.
 
     With norm_first the order is pre-norm: x + Dropout(Sublayer(LayerNorm(x))). From the bottom of
-    the stack to its top, x is only added to. Deep stacks then train more easily, with less warm-up
-    (Xiong et al., 2020), but their output needs one norm more.
+    the stack to its top, x is only added to. Deep stacks then train more easily, and the learning
+    rate may rise faster (Xiong et al.), but their output needs one norm more.
 
     Dropout stands where §5.4 puts it: on what a sub-layer returns, and on the embeddings.
     torch.nn.Transformer also drops attention weights, and values within the feed-forward network.
@@ -350,8 +322,7 @@ class AddNorm(nn.Module):
         self.norm_first = config.norm_first
 
     def forward(self, x, sublayer):
-        """(B, T, D) -> (B, T, D). sublayer: a function of such a tensor, because in one order it
-        runs after the norm and in the other before it."""
+        """(B, T, D) -> (B, T, D). sublayer: a function that this calls before or after the norm."""
         if self.norm_first:
             return x + self.dropout(sublayer(self.norm(x)))
         return self.norm(x + self.dropout(sublayer(x)))
@@ -370,6 +341,10 @@ class EncoderLayer(nn.Module):
         self.add_norm2 = AddNorm(config)
 
     def forward(self, x, mask):
+        # In the paper's order these lines compute
+        #     x = norm1(x + dropout(self_attn(x)))
+        #     x = norm2(x + dropout(ffn(x)))
+        # A lambda is a function without a name: it gives self_attn its other arguments.
         x = self.add_norm1(x, lambda y: self.self_attn(y, mask=mask))
         x = self.add_norm2(x, self.ffn)
         return x
@@ -377,8 +352,7 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Every target position looks at itself and earlier ones, then at the source, then works alone.
 
-    x: (B, T, D), memory_kv: (B, H, S, d_k) twice, the keys and values of the encoder's output,
-    memory_mask: (B, 1, 1, S) -> (B, T, D)
+    x: (B, T, D), memory: (B, S, D), the encoder's output, memory_mask: (B, 1, 1, S) -> (B, T, D)
     """
 
     def __init__(self, config):
@@ -390,7 +364,8 @@ class DecoderLayer(nn.Module):
         self.add_norm2 = AddNorm(config)
         self.add_norm3 = AddNorm(config)
 
-    def forward(self, x, memory_kv, memory_mask):
+    def forward(self, x, memory, memory_mask):
+        memory_kv = self.cross_attn.keys_values(memory)             # (B, H, S, d_k) twice
         # Targets need no padding mask. Their padding stands on the right, and causality keeps every
         # word from seeing what stands to its right. What the padding itself computes is never used.
         x = self.add_norm1(x, lambda y: self.self_attn(y, causal=True))
@@ -400,12 +375,35 @@ class DecoderLayer(nn.Module):
 
 # ---- §3 The model ------------------------------------------------------------
 
+def source_mask(src):
+    """Any query may look at the words of a source, and not at its padding.
+
+    src: (B, S) ids -> (B, 1, 1, S), which broadcasts over heads and queries
+
+    A row of nothing but padding, an empty sentence, has no word to look at, and `attention` needs a
+    key for each query. So in such a row all is visible. That does no harm: what its queries read is
+    padding, of which `Transformer.encode` makes zeros.
+    """
+    is_word = src != PAD                                            # (B, S)
+    empty = ~is_word.any(-1, keepdim=True)                          # (B, 1)
+    return (is_word | empty)[:, None, None, :]
+
 class Transformer(nn.Module):
     """Source ids and the target ids so far in, a score for each possible next id out. Figure 1.
 
     model(src, tgt_in) -> logits: (B, S) and (B, T) int64 -> (B, T, V). Sources end with EOS and
     targets begin with BOS; rows are padded with PAD on the right, and PAD stands nowhere else: it
     would be taken for padding there too. logits[:, t] scores the token that follows tgt_in[:, t].
+
+    The parameters of the base model, in millions:
+
+        embedding: V·D                                         18.94
+        6 encoder layers: attention 1.05, ffn 2.10             18.90
+        6 decoder layers: attention 2 · 1.05, ffn 2.10         25.20
+        in all                                                 63.05
+
+    Attention has four D·D matrices, and the ffn two D·d_ff ones. Each layer's biases and norms are
+    counted too, though they are few. The output is the embedding again and adds none.
     """
 
     def __init__(self, config):
@@ -416,18 +414,19 @@ class Transformer(nn.Module):
         # §3.4: one matrix embeds the source, embeds the target, and, transposed, turns states into
         # logits. Words with similar vectors then also get similar scores, each word learns from all
         # three uses, and the model is a third smaller. Both languages need the same vocabulary.
+        # These are three parts, and tie_weights(), below, gives them the same matrix.
         self.embedding = nn.Embedding(config.vocab_size, D)
-        self.src_embedding = self.embedding
+        self.src_embedding = nn.Embedding.from_pretrained(self.embedding.weight, freeze=False)
         if config.src_vocab_size:
             self.src_embedding = nn.Embedding(config.src_vocab_size, D)
-        self.output = nn.Linear(D, config.vocab_size, bias=False)       # init_weights ties it
+        self.output = nn.Linear(D, config.vocab_size, bias=False)
 
         self.learned_src = None
         self.learned_tgt = None
         if config.learned_positions:
             self.learned_src = nn.Embedding(config.learned_positions, D)
             self.learned_tgt = nn.Embedding(config.learned_positions, D)
-        # Two modules: train.py swaps each for a dropout of its own that draws one seed per batch.
+        # Two modules: one that is called twice with one seed would drop the same places twice.
         self.src_dropout = nn.Dropout(config.dropout)
         self.tgt_dropout = nn.Dropout(config.dropout)
 
@@ -444,18 +443,32 @@ class Transformer(nn.Module):
         self.length_penalty = 0.6       # for `translate` (§6.1); beam_search has an argument
         self.init_weights()
 
+    def tie_weights(self):
+        """Tied weights are the same tensor, not a copy: one gradient, one update. §3.4"""
+        if not self.config.src_vocab_size:
+            self.src_embedding.weight = self.embedding.weight
+        if self.config.tied_output:
+            self.output.weight = self.embedding.weight
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As in every nn.Module. assign=True replaces all tensors, so it ties them again."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        if assign:
+            self.tie_weights()
+        return result
+
     @torch.no_grad()
     def init_weights(self):
-        """Ties the output, and sets every weight anew. Each matrix draws its own numbers, so no two
+        """Ties the weights, and sets every one anew. Each matrix draws its own numbers, so no two
         layers start the same.
 
-        Skip this at first reading: a model that was made on PyTorch's meta device has shapes but no
-        numbers. After its method `to_empty` has allocated them, call this.
+        A model made on PyTorch's meta device has no numbers: call `to_empty`, and then this.
         """
-        if self.config.tied_output:
-            self.output.weight = self.embedding.weight  # the same tensor: one gradient, one update
+        self.tie_weights()
         for name, weight in self.named_parameters():
             if "embedding" in name or "learned" in name or name == "output.weight":
+                # `embed` multiplies words by √D, but not learned positions. So at the start a word
+                # counts for more than its position, and training finds the right share.
                 weight.normal_(0, self.config.d_model ** -0.5)
             elif name.endswith("kv.weight"):
                 for matrix in weight.chunk(2):      # W^K and W^V: Glorot's range is for one matrix
@@ -471,8 +484,6 @@ class Transformer(nn.Module):
         """Embedding · √D + position. §3.4, §3.5
 
         ids: (..., T), the first at position start -> (..., T, D)
-
-        Raises ValueError beyond the positions that a model with learned ones has.
         """
         end = start + ids.size(-1)
         if learned is not None and end > learned.num_embeddings:
@@ -492,8 +503,6 @@ class Transformer(nn.Module):
         """The source, every token in the light of all others: the decoder's memory.
 
         (B, S) -> (B, S, D)
-
-        A row of src is words, EOS, then PAD up to S. PAD within a row is masked like padding.
         """
         mask = source_mask(src)                                     # (B, 1, 1, S)
         x = self.embed(src, self.src_embedding, self.learned_src)   # (B, S, D)
@@ -514,8 +523,7 @@ class Transformer(nn.Module):
         x = self.embed(tgt_in, self.embedding, self.learned_tgt)    # (B, T, D)
         x = self.tgt_dropout(x)
         for layer in self.decoder:
-            memory_kv = layer.cross_attn.keys_values(memory)        # (B, H, S, d_k) twice
-            x = layer(x, memory_kv, memory_mask)                    # (B, T, D)
+            x = layer(x, memory, memory_mask)                       # (B, T, D)
         x = self.decoder_norm(x)
         return x.masked_fill((tgt_in == PAD)[..., None], 0.0)
 
@@ -580,8 +588,7 @@ def length_limits(model, src, max_len, min_len=0):
     """How many ids, EOS included, each translation may have. -> (B,)
 
     That is max_len, or for None the length of its source + 50, as in §6.1, or min_len if that is
-    more. It is never more than learned_positions, if the model has these. Raises ValueError if
-    max_len leaves no room for EOS or is below min_len.
+    more. It is never more than learned_positions, if the model has these.
     """
     lengths = (src != PAD).sum(1)                                   # (B,)
     if max_len is None:
@@ -602,8 +609,8 @@ def greedy(model, src, max_len=None):
     src: (B, S) ids -> (B, L) int64 ids without BOS
 
     Decoding is no more than this. It is slow, as each step computes the whole target so far anew;
-    beam_search with beam_size=1 gives the same. Rows end with EOS, by force where they reach their
-    limit (see length_limits), then PAD. Raises ValueError for max_len below 1.
+    beam_search with beam_size=1 gives the same. Rows end with EOS, then PAD. A row that reaches its
+    length limit gets EOS there.
     """
     limits = length_limits(model, src, max_len)                     # (B,)
     ids = src.new_full((len(src), 1), BOS)  # (B, 1), and one longer with each step
@@ -614,24 +621,24 @@ def greedy(model, src, max_len=None):
             states = model.decode(ids, memory, src)                 # (B, length so far, D)
             logits = model.output(states[:, -1])                    # (B, V)
             token = EOS + logits[:, EOS:].argmax(-1)                # (B,): any id but PAD and BOS
-            token = token.masked_fill(limits == ids.size(1), EOS)
+            # ids holds BOS and n - 1 tokens: this token is the n-th, and counts up to the limit.
+            n = ids.size(1)
+            token = token.masked_fill(limits == n, EOS)
             token = token.masked_fill(ended, PAD)
             ids = torch.cat((ids, token[:, None]), 1)
             ended = ended | (token == EOS)
     return ids[:, 1:]
 
 class Cache:
-    """The keys and values of the source and of all positions so far: what a step of decoding need
-    not compute again.
+    """The keys and values of the source and of all positions so far, so that no step computes them
+    again. An earlier position never sees a later one, so what is stored stays right. Each step
+    stores one key and one value more, and its query, the newest, looks at all of them.
 
-    This is allowed because an earlier position never sees a later one: a new token changes nothing
-    before it, so the keys and values there stay what they were. Old queries are not kept, because
-    only the newest position's output is wanted.
-
-    A sentence has N hypotheses (beams), and at each step one new token for each. These N tokens are
-    N queries. All of them look at the same memory, so that is not copied. In self-attention each
-    step stores N new keys side by side, one from each beam: the key of beam n at step s is column
+    That is all for one hypothesis, N = 1. With N beams a sentence has N new tokens at each step.
+    They are N queries, and all look at the same memory, of which there is one copy. In
+    self-attention a step stores N keys side by side: the key of beam n at step s is column
     (s - 1)·N + n. A beam may see only the keys of its own past, and `visible` says which these are.
+
     Two beams, three steps; a row for each beam, a column for each key, 1 for "sees it". Step 1 has
     one hypothesis, BOS in beam 0, so both pasts begin there:
 
@@ -641,7 +648,7 @@ class Cache:
         beam 1    1 0 0 1 0 1
 
     Now both of the best continuations come from beam 1, so beam 0 takes over its past:
-    reorder(parents=[[1, 1]]). Only these booleans move; the keys and values stay where they are.
+    reorder(parents=[[1, 1]]). Only these booleans change; the keys and values stay where they are.
     The fourth step opens with a new key for each beam:
 
         step       1   2   3   4
@@ -724,7 +731,8 @@ def next_log_probs(model, newest, cache):
     newest: (B, N) ids -> (B, N, V), float32
 
     This is Transformer.decode for one position. The keys and values of all earlier positions, and
-    those of the source, come from the cache.
+    those of the source, come from the cache. The parts of a layer are called here, not the layer
+    itself, so decoding needs whole weights: it does not run after `fully_shard`.
     """
     cache.open_position()
     # All N tokens of a sentence stand at the same position, so for `embed` they are N sequences of
@@ -756,7 +764,7 @@ def pick(rows, index):
 #
 #                             "cat"   "dog"     EOS
 #     beam 0  "a"   -1.0       -1.6    -2.3    -0.4     sums  -2.6  -3.3  -1.4
-#     beam 1  "the" -1.5       -0.5    -1.2    -2.3     sums  -2.0  -2.7  -3.8
+#     beam 1  "the" -1.5       -0.5    -1.2    -2.6     sums  -2.0  -2.7  -4.1
 #
 # Grow:   the 2N best sums are "a EOS" -1.4, "the cat" -2.0, "a cat" -2.6 and "the dog" -2.7.
 # Retire: "a EOS" has ended, with 2 ids. Its score is -1.4 / penalty(2, 0.6) = -1.4 / 1.097 = -1.28.
@@ -773,7 +781,7 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
     are compared by their score, which is log P(ids | src) / penalty(number of ids with EOS,
     length_penalty).
 
-    src: (B, S) ids, each row words, EOS, then PAD; PAD within a row is masked like padding.
+    src: (B, S) ids, each row words, EOS, then PAD.
     beam_size: N; with 1 this is greedy decoding. max_len and min_len count ids with EOS.
     max_len=None is the paper's limit: source length + 50 (see length_limits). But for roundings, a
     translation does not depend on the other sentences of the batch.
@@ -849,12 +857,12 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             newest = word.gather(1, kept)
             cache.reorder(parent.gather(1, kept))
 
-            # Stop when nothing that still grows can win. log P is negative, and it only falls.
-            # Divided by a larger penalty it is a better score (-6/2 = -3 is better than -6/1). So
-            # the best score in reach is today's log P divided by the largest penalty ahead: that
-            # of the longest hypothesis. With a negative length_penalty, penalties shrink with the
-            # length, so the largest one ahead is that of the next step. All n_best are found when
-            # the last of them is as good as what is in reach.
+            # Stop when nothing that still grows can win. log P is negative, and it only falls. A
+            # larger penalty makes the score better (-6/2 = -3 is better than -6/1). Penalties grow
+            # with the length, so the best score in reach is today's log P divided by the penalty of
+            # the length limit. All n_best are found when the last of them is as good as that.
+            # (With a negative length_penalty, penalties shrink with the length. Then the largest is
+            # that of the next step: see `clamp`.)
             largest = penalty(limits.float(), length_penalty)                           # (B,)
             largest = largest.clamp(min=penalty(length + 1, length_penalty))
             done = winner_score[:, -1] >= log_prob[:, 0] / largest                      # (B,)
@@ -911,6 +919,8 @@ import difflib
 import heapq
 import os
 import re
+import select
+import shlex
 import sys
 import textwrap
 import unicodedata
@@ -970,10 +980,17 @@ class Tokenizer:
     becomes an id below 3. Raises ValueError for merges of ids not yet made, or of too many bytes.
     """
 
-    # A word takes the space before it along. Words end at 32 characters, so that no input can make
-    # merging slow. A mark that follows no letter counts as a symbol: an emoji keeps its marks.
+    # How a text is cut into words. They end at 32 characters, so that no input can make merging
+    # slow. In re.VERBOSE, white space and comments in the expression mean nothing.
     MARKS = combining_marks()
-    WORD = re.compile(rf" ?\w[\w{MARKS}]{{0,31}}| ?[^\w\s]{{1,32}}|\s{{1,32}}(?!\S)|\s")
+    WORD = re.compile(rf"""
+        [ ]?\w[\w{MARKS}]{{0,31}}     # letters, digits and their marks, with the space before them
+        | [ ]?[^\w\s]{{1,32}}         # symbols, with the space before them. A mark that follows no
+                                     # letter is one, too: an emoji keeps its marks
+        | \s{{1,32}}(?!\S)            # white space, without the last before a word: a space there
+                                     # belongs to the word
+        | \s                         # that last one, if it is no space
+        """, re.VERBOSE)
     LONGEST = 33 * 4                    # bytes of a word: 33 characters of at most four
 
     def __init__(self, merges):
@@ -1006,13 +1023,31 @@ class Tokenizer:
         """Learns merges from strings, or from a Counter of words.
 
         The most frequent pair of neighbours is merged, again and again, until there are vocab_size
-        ids, or no pair occurs twice; of equals, the pair with the smaller ids. Raises ValueError
-        for a vocab_size below 259.
+        ids, or no pair occurs twice; of equals, the pair with the smaller ids:
+
+        >>> def train_slowly(lines, vocab_size):
+        ...     words = [word.encode() for line in lines for word in Tokenizer.words(line)]
+        ...     words = [[3 + byte for byte in word] for word in words]
+        ...     merges = []
+        ...     while 259 + len(merges) < vocab_size:
+        ...         counts = Counter(pair for word in words for pair in pairwise(word))
+        ...         pair = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+        ...         if counts[pair] < 2:
+        ...             break
+        ...         words = [merge(word, pair, 259 + len(merges)) for word in words]
+        ...         merges.append(pair)
+        ...     return merges
+        >>> lines = ["low lower lowest", "slow slower slowest"]
+        >>> Tokenizer.train(lines, 270).merges == train_slowly(lines, 270)
+        True
 
         To count all pairs anew for each merge would take hours. So all words stand in one row, each
         pair knows its places there (`where`), and a merge changes the counts of the neighbours at
-        those places only. A heap gives the next pair. Counts only fall, so an entry that is out of
-        date stands too high, and goes back into the heap.
+        those places only. A heap gives the next pair. A merge makes new pairs, which go into the
+        heap. The counts of the pairs already there can only fall. So an entry of the heap that is
+        out of date stands too high: it is met in time, and goes back with its true count.
+
+        Raises ValueError for a vocab_size below 259.
         """
         if vocab_size < 259:
             raise ValueError("vocab_size must be at least 259 (3 special ids and 256 bytes), "
@@ -1109,6 +1144,25 @@ class Tokenizer:
         except UnicodeDecodeError:
             return data.decode("utf-8", "replace")
 
+# ---- Lines of text -----------------------------------------------------------------
+
+def clean(line):
+    """A line as a model should read it: one space between words, and none at its ends.
+
+    Stray spaces are common in files, and a model that never saw any translates them badly.
+
+    >>> clean("  two\u3000words ")
+    'two words'
+    """
+    return " ".join(line.split())
+
+def as_list(lines):
+    """Any iterable of lines as a list. Raises TypeError for a string: each letter of it would count
+    as a line."""
+    if isinstance(lines, str):
+        raise TypeError(f"expected a list of lines, got the string {lines!r}")
+    return list(lines)
+
 # ---- BLEU: how much a translation shares with a reference --------------------------
 
 def words_13a(line):
@@ -1131,7 +1185,8 @@ def bleu(hypotheses, references, tokenize="13a"):
     """Corpus BLEU in percent, one reference a line, as sacreBLEU has it (Papineni et al., 2002).
 
     tokenize: what a word is: "13a", as sacreBLEU's default; "none", what stands between spaces;
-    "char", every character. Raises ValueError if there are not as many references as hypotheses.
+    "char", every character. Raises ValueError if there are not as many references as hypotheses,
+    and TypeError for a string in place of a list.
 
     The share of a translation's 1- to 4-grams that its reference has too: the mean of the four
     shares, as logarithms, times a penalty if all in all the translations are shorter. A count of 0
@@ -1142,7 +1197,8 @@ def bleu(hypotheses, references, tokenize="13a"):
     total = [0] * 4
     n_hyp = 0
     n_ref = 0
-    for hypothesis, reference in zip(hypotheses, references, strict=True):
+    pairs = zip(as_list(hypotheses), as_list(references), strict=True)
+    for hypothesis, reference in pairs:
         hyp = words(hypothesis)
         ref = words(reference)
         n_hyp += len(hyp)
@@ -1193,32 +1249,51 @@ def write_atomically(path, content):
         # Python names no path with "No space left on device".
         raise OSError(reason.errno, reason.strerror, path) from None
 
+def plain_state(model):
+    """The state_dict, with the parameters themselves and without what torch.compile puts before
+    names. Raises ValueError for a part of which names and shapes would not tell what it computes.
+    """
+    for name, part in model.named_modules():
+        # An adapter may inherit from Linear, but it has a forward of its own.
+        is_other = isinstance(part, nn.Linear) and type(part).forward != nn.Linear.forward
+        if is_other or getattr(part, "eps", 1e-5) != 1e-5:
+            raise ValueError(f"expected a plain Linear, or eps 1e-5, as {name}, got {part}")
+    state = model.state_dict(keep_vars=True)
+    return {name.replace("_orig_mod.", ""): weight for name, weight in state.items()}
+
+def summary(state):
+    """Names, shapes, and which weights are tied to the embedding. -> {(name, shape, tied), ...}"""
+    embedding = state.get("embedding.weight", torch.empty(0))
+    found = set()
+    for name, weight in state.items():
+        shape = getattr(weight, "shape", None)          # a quantised part has more than tensors
+        # With assign=True, load_state_dict makes a parameter of each name, with the same memory.
+        tied = weight is embedding or (shape == embedding.shape and weight.is_set_to(embedding))
+        found.add((name, shape, tied))
+    return found
+
 def save(path, model, tokenizer=None, length_penalty=None):
     """Writes the model, and all it takes to translate with it, to one file, atomically.
 
     length_penalty: what `translate` will use by default; None: the model's own.
-    Raises OSError if the file can't be written, and ValueError for the packed weights of
-    `for_inference` and for a model whose parts were replaced by others.
+    Raises OSError if the file can't be written, and ValueError, naming the weights, for a model
+    that `load` would not give back: one with packed weights, or with parts replaced by others.
     """
     if length_penalty is None:
         length_penalty = model.length_penalty
     merges = None
     if tokenizer is not None:
         merges = torch.tensor(tokenizer.merges, dtype=torch.int32).view(-1, 2)
-    weights = {}
-    on_cpu = {}                         # address -> copy: tied weights are written only once
-    for name, weight in model.state_dict().items():
-        address = weight.data_ptr()
-        if address not in on_cpu:
-            on_cpu[address] = weight.detach().cpu()
-        plain_name = name.replace("_orig_mod.", "")     # torch.compile puts that before names
-        weights[plain_name] = on_cpu[address]
-    with torch.device("meta"):          # without memory: only the names of its weights count
-        expected = Transformer(model.config).state_dict()
-    strange = sorted(weights.keys() ^ expected.keys())
+    weights = plain_state(model)
+    with torch.device("meta"):          # without memory: only names, shapes and ties count
+        expected = plain_state(Transformer(model.config))
+    strange = sorted({name for name, *_ in summary(weights) ^ summary(expected)})
     if strange:                         # better now than when the file is needed
         raise ValueError("`load` could not read this model, which has other weights than a "
-                         f"Transformer: {', '.join(strange[:4])}")
+                         f"Transformer of its config: {', '.join(strange[:4])}")
+
+    # One piece of memory is written once, so tied weights take no more room.
+    weights = {name: weight.detach() for name, weight in weights.items()}
     write_atomically(path, {"format": FORMAT, "config": vars(model.config), "model": weights,
                             "merges": merges, "length_penalty": float(length_penalty)})
 
@@ -1232,18 +1307,18 @@ def read_checkpoint(path, mapped=False):
     try:
         # torch.load compares no checksums, so a flipped bit would become a wrong weight.
         if not mapped:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(os.fspath(path)) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except MemoryError:
-        raise
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:      # strange bytes raise many types, and all mean the same
-        if "allocate memory" in str(error):             # but so does torch without memory
+        # But so does a lack of memory, Python's or torch's.
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise MemoryError(str(error)) from None
-        raise ValueError(f"{path} is not a checkpoint, or it is damaged") from None
+        raise ValueError(f"expected the path of a whole checkpoint: {path} is not a checkpoint, "
+                         "or it is damaged") from None
 
 def load(path, device="cpu"):
     """Reads what `save` wrote. -> (model in eval mode, tokenizer or None)
@@ -1252,133 +1327,96 @@ def load(path, device="cpu"):
     file can't be read, is damaged or does not fit.
     """
     checkpoint = read_checkpoint(path)
-    if isinstance(checkpoint, dict) and "optimizers" in checkpoint:
-        model_path = os.path.join(os.path.dirname(path), "model.pt")
-        raise ValueError(f"{path} is for resuming a training; the model to use is {model_path}")
     try:
         if checkpoint["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT!r}, got {checkpoint['format']!r}")
+            raise ValueError("another format")
         config = Config(**checkpoint["config"])
-        if config.n_encoder_layers + config.n_decoder_layers > len(checkpoint["model"]):
-            raise ValueError("the config has more layers than there are weights")
         with torch.device("meta"):      # sizes from a file that may be hostile take no memory
             model = Transformer(config)
         model.load_state_dict(checkpoint["model"], assign=True)
         if config.tied_output:
             model.output.weight = model.embedding.weight
-        model.length_penalty = float(checkpoint.get("length_penalty", model.length_penalty))
+        model.length_penalty = checkpoint.get("length_penalty", 0.6)
         tokenizer = None
         if checkpoint["merges"] is not None:
             tokenizer = Tokenizer(checkpoint["merges"].tolist())
-            if len(tokenizer) > min(config.vocab_size, config.src_vocab_size or math.inf):
-                raise ValueError("the tokenizer has more ids than the model has words")
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError,
-            RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         # torch lists the weights that differ over many lines: the first ones tell enough.
         reason = textwrap.shorten(str(error), 300)
-        raise ValueError(f"{path} does not fit this transformer.py: {reason}") from None
+        got = textwrap.shorten(repr(checkpoint), 120)
+        raise ValueError(f"{path} does not fit this transformer.py: {reason}; expected what `save` "
+                         f"writes, as in model.pt, got {got}") from None
     return model.to(device).eval(), tokenizer
 
 # ---- Weights from torch.nn.Transformer and back ---------------------------------
 
-def plain(part):
-    """The part, if it computes what a Linear or a LayerNorm computes. Raises ValueError if not."""
-    part = getattr(part, "_orig_mod", part)             # what torch.compile has wrapped
-    # An adapter inherits from Linear, but it has a forward of its own. A norm may have no weight.
-    is_plain = type(part).forward in (nn.Linear.forward, nn.LayerNorm.forward)
-    if not is_plain or part.weight is None:
-        raise ValueError(f"expected a Linear or LayerNorm with its weight, got {part}")
-    return part
+# A weight has another name there, in these pieces (here: there). W^Q, W^K and W^V are one matrix
+# there, in_proj_weight, in this order. Here they are q, and kv for the other two.
+NAME_PIECES = {
+    "coder.": "coder.layers.",
+    "coder_norm.": "coder.norm.",
+    "cross_attn.": "multihead_attn.",
+    ".out.": ".out_proj.",
+    "add_norm1.norm.": "norm1.",
+    "add_norm2.norm.": "norm2.",
+    "add_norm3.norm.": "norm3.",
+    "ffn.w1.": "linear1.",
+    "ffn.w2.": "linear2.",
+}
 
-def same_parts(ours, theirs):
-    """The weights and biases of two parts that compute the same. -> [(ours, theirs), ...]"""
-    ours = plain(ours)
-    theirs = plain(theirs)
-    return [(ours.weight, theirs.weight), (ours.bias, theirs.bias)]
+def fill(model, weights):
+    """load_state_dict, where a missing bias is zero and embeddings stay. Raises ValueError with
+    the names of what does not fit."""
+    for name, weight in model.state_dict().items():
+        if "coder" not in name:
+            weights[name] = weight
+        elif name.endswith("bias"):
+            weights.setdefault(name, torch.zeros_like(weight))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(textwrap.shorten(str(error), 600)) from None
 
-def same_attention(ours, theirs):
-    """W^Q, W^K and W^V lie in one matrix there, in this order. Ours are W^Q, and W^K with W^V."""
-    D = theirs.embed_dim
-    q = plain(ours.q)
-    kv = plain(ours.kv)
-    q_bias = None
-    kv_bias = None
-    if theirs.in_proj_bias is not None:
-        q_bias = theirs.in_proj_bias[:D]
-        kv_bias = theirs.in_proj_bias[D:]
-    return [(q.weight, theirs.in_proj_weight[:D]), (q.bias, q_bias),
-            (kv.weight, theirs.in_proj_weight[D:]), (kv.bias, kv_bias),
-            *same_parts(ours.out, theirs.out_proj)]
-
-def same_weights(model, module):
-    """Each weight of our stacks and its place in a torch.nn.Transformer. A bias that only one of
-    them has is None in the other. -> [(ours, theirs), ...]"""
-    pairs = []
-    for ours, theirs in zip(model.encoder, module.encoder.layers, strict=True):
-        pairs += same_attention(ours.self_attn, theirs.self_attn)
-        pairs += same_parts(ours.add_norm1.norm, theirs.norm1)
-        pairs += same_parts(ours.add_norm2.norm, theirs.norm2)
-    for ours, theirs in zip(model.decoder, module.decoder.layers, strict=True):
-        pairs += same_attention(ours.self_attn, theirs.self_attn)
-        pairs += same_attention(ours.cross_attn, theirs.multihead_attn)
-        pairs += same_parts(ours.add_norm1.norm, theirs.norm1)
-        pairs += same_parts(ours.add_norm2.norm, theirs.norm2)
-        pairs += same_parts(ours.add_norm3.norm, theirs.norm3)
-    both = zip((*model.encoder, *model.decoder), (*module.encoder.layers, *module.decoder.layers),
-               strict=True)
-    for ours, theirs in both:
-        pairs += same_parts(ours.ffn.w1, theirs.linear1)
-        pairs += same_parts(ours.ffn.w2, theirs.linear2)
-    if module.encoder.norm is not None:
-        pairs += same_parts(model.encoder_norm, module.encoder.norm)
-        pairs += same_parts(model.decoder_norm, module.decoder.norm)
-    return pairs
-
-@torch.no_grad()
 def from_torch(module, config):
     """A Transformer with the weights of a torch.nn.Transformer, which has no embeddings: those
     start fresh.
 
     Its biases on the projections (attention_bias) and the norms at the end of its post-norm stacks
     (final_norms), which the paper lacks, come along, and so does its training or eval mode. Raises
-    ValueError, naming the difference, if it does not fit the config.
+    ValueError, naming the difference, if it does not fit the config, and for a part that was
+    replaced by another (but for torch.compile).
     """
-    layers = [*module.encoder.layers, *module.decoder.layers]
-    has_norm = module.encoder.norm is not None
-    config = replace(config, attention_bias=layers[0].self_attn.in_proj_bias is not None,
+    D = config.d_model
+    weights = {}
+    for old_name, weight in plain_state(module).items():
+        name = old_name
+        for here, there in NAME_PIECES.items():
+            name = name.replace(there, here)
+        if "in_proj_" in name:
+            weights[name.replace("in_proj_", "q.")] = weight[:D]
+            weights[name.replace("in_proj_", "kv.")] = weight[D:]
+        else:
+            weights[name] = weight
+
+    has_norm = "encoder_norm.weight" in weights
+    config = replace(config, attention_bias="encoder.0.self_attn.q.bias" in weights,
                      final_norms=has_norm and not config.norm_first)
-    # (what, in the config, there)
-    facts = [("d_model", config.d_model, module.d_model), ("n_heads", config.n_heads, module.nhead),
-             ("n_encoder_layers", config.n_encoder_layers, len(module.encoder.layers)),
-             ("n_decoder_layers", config.n_decoder_layers, len(module.decoder.layers)),
-             ("a final norm", config.norm_first or config.final_norms, has_norm),
-             ("a final norm", has_norm, module.decoder.norm is not None)]
-    for layer in layers:
+    # What neither names nor shapes tell.
+    expected = (config.n_heads, config.norm_first, True)
+    for layer in (*module.encoder.layers, *module.decoder.layers):
         is_relu = layer.activation in (F.relu, torch.relu) or isinstance(layer.activation, nn.ReLU)
-        facts += [("norm_first", config.norm_first, layer.norm_first), ("ReLU", True, is_relu),
-                  ("d_ff", config.d_ff, getattr(layer.linear1, "out_features", None)),
-                  ("LayerNorm eps", nn.LayerNorm(1).eps, layer.norm1.eps)]
-    for name, here, there in facts:
-        if here != there:
-            raise ValueError("this torch.nn.Transformer does not fit the config: "
-                             f"{name} is {there} there, {here} here")
+        got = (module.nhead, layer.norm_first, is_relu)
+        if got != expected:
+            raise ValueError("this torch.nn.Transformer does not fit: expected n_heads, "
+                             f"norm_first and ReLU to be {expected}, got {got}")
 
     model = Transformer(config).to(next(module.parameters()))       # its device and dtype
-    try:
-        pairs = same_weights(model, module)
-    except AttributeError as error:
-        raise ValueError(f"this torch.nn.Transformer lacks a part: {error}") from None
-    for ours, theirs in pairs:
-        if theirs is not None:
-            ours.copy_(theirs)
-        elif ours is not None:
-            ours.zero_()                # no bias is a bias of zero
+    fill(model, weights)
     return model.train(module.training)
 
-@torch.no_grad()
 def to_torch(model):
     """The same encoder and decoder as a torch.nn.Transformer (batch_first), whose inputs are
-    embedded already: (B, S, D) and (B, T, D)."""
+    embedded already: (B, S, D) and (B, T, D). Raises ValueError for a part that was replaced."""
     config = model.config
     module = nn.Transformer(config.d_model, config.n_heads, config.n_encoder_layers,
                             config.n_decoder_layers, config.d_ff, config.dropout,
@@ -1387,9 +1425,15 @@ def to_torch(model):
         module.encoder.norm = None
         module.decoder.norm = None
     module.to(model.embedding.weight)   # its device and dtype
-    for ours, theirs in same_weights(model, module):
-        if ours is not None:
-            theirs.copy_(ours)          # where ours is missing, theirs starts as zero
+
+    pieces = defaultdict(list)          # name there -> one weight, or q and kv, in this order
+    for old_name, weight in plain_state(model).items():
+        name = old_name
+        for here, there in NAME_PIECES.items():
+            name = name.replace(here, there)
+        if "coder" in name:
+            pieces[re.sub(r"\b(q|kv)\.", "in_proj_", name)].append(weight)
+    fill(module, {name: torch.cat(weights) for name, weights in pieces.items()})
     return module.train(model.training)
 
 # People expect both as methods. They stand down here because the model does not need them.
@@ -1431,14 +1475,10 @@ def has_int8(device):
     has_product = hasattr(torch.ops.quantized, "linear_dynamic")
     return device.type == "cpu" and has_product and torch.backends.quantized.engine != "none"
 
-def has_packed(device, dtype):
-    """Whether torch has products with packed weights of this dtype for this device."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    has_avx = "AVX" in torch.backends.cpu.get_cpu_capability()
-    return has_avx and (dtype == "float32" or has_bfloat16(device))
+def has_packed(device):
+    """Whether torch has products with packed weights for this device."""
+    has_product = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return device.type == "cpu" and has_product and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 class PackedLinear(nn.Module):
     """A Linear layer whose weights lie in the order in which a CPU's kernels read them.
@@ -1449,26 +1489,26 @@ class PackedLinear(nn.Module):
     rest of its batch.
     """
 
-    def __init__(self, linear, dtype, out_dtype):
+    def __init__(self, linear, int8, out_dtype):
         super().__init__()
-        self.int8 = dtype == "int8"
+        self.int8 = int8
         self.in_dtype = linear.weight.dtype
         self.out_dtype = out_dtype
         self.bias = linear.bias
         weight = linear.weight
-        if self.int8:
-            # Without VNNI, sums of products have 16 bits, and so the inputs only 7.
-            self.reduce_range = not cpu_has("vnni")
-            scale = weight.abs().amax(1).clamp(min=1e-8).double() / 127
-            zero = torch.zeros_like(scale).long()
-            with warnings.catch_warnings():
-                # torch plans to drop this kind of tensor, but has no other for the product yet.
-                warnings.simplefilter("ignore")
-                weight = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(weight, self.bias)
-        else:
+        if not int8:
             n_rows = 32                 # of inputs, for which the order is best; any number works
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+            return
+        # Without VNNI, sums of products have 16 bits, and so the inputs only 7.
+        self.reduce_range = not cpu_has("vnni")
+        scale = weight.abs().amax(1).clamp(min=1e-8).double() / 127
+        zero = torch.zeros_like(scale).long()
+        with warnings.catch_warnings():
+            # torch plans to drop this kind of tensor, but has no other for the product yet.
+            warnings.simplefilter("ignore")
+            weight = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(weight, self.bias)
 
     def forward(self, x):
         if self.int8:
@@ -1477,9 +1517,16 @@ class PackedLinear(nn.Module):
         y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y.to(self.out_dtype)
 
-    def get_extra_state(self):
-        """state_dict() calls this. Packed weights can't be part of one."""
-        raise ValueError("packed weights can't be saved: save the model that for_inference copied")
+    def get_extra_state(self, memo=None):
+        """state_dict() calls this, and so does copy.deepcopy. Packed weights can be part of
+        neither."""
+        raise ValueError("packed weights can't be saved or packed again: "
+                         "use the model that for_inference made this copy of")
+
+    __deepcopy__ = get_extra_state
+
+# For each dtype of for_inference, that of the numbers which flow from one product to the next.
+BETWEEN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 
 def for_inference(model, dtype="auto"):
     """A copy to translate with, in eval mode, on the same device. The model stays as it is.
@@ -1492,16 +1539,14 @@ def for_inference(model, dtype="auto"):
     device = model.embedding.weight.device
     if dtype == "auto" or (dtype == "int8" and not has_int8(device)):
         dtype = "bfloat16" if has_bfloat16(device) else "float32"
-    if dtype not in ("float32", "bfloat16", "int8"):
+    if dtype not in BETWEEN:
         raise ValueError(f"dtype must be float32, bfloat16, int8 or auto, got {dtype!r}")
-    # What flows from one product to the next.
-    between = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    between = BETWEEN[dtype]
     model = getattr(model, "_orig_mod", model)          # what torch.compile has wrapped
-    if any(isinstance(part, PackedLinear) for part in model.modules()):
-        raise ValueError("this is a copy that for_inference made: give it the model itself")
     fast = copy.deepcopy(model)
     fast.to(between).eval().requires_grad_(False)
-    if dtype != "int8" and not has_packed(device, dtype):
+    can_pack = has_packed(device) and (dtype == "float32" or has_bfloat16(device))
+    if dtype != "int8" and not can_pack:
         return fast
     for parent in list(fast.modules()):
         # A subclass of Linear may compute something else, and so does one with hooks: they stay.
@@ -1509,11 +1554,13 @@ def for_inference(model, dtype="auto"):
                    if type(part) is nn.Linear
                    and not part._forward_hooks and not part._forward_pre_hooks}
         # A CPU is slow with many small products in bfloat16, so attention itself, between its
-        # projections, is in float32. That needs all three of them, which must have one dtype.
-        is_attention = linears.keys() == {"q", "kv", "out"}
+        # projections, is in float32. That needs all of them, since they must have one dtype.
+        is_attention = isinstance(parent, MultiHeadAttention) and len(linears) == 3
         for name, linear in linears.items():
-            out_dtype = torch.float32 if is_attention and name != "out" else between
-            setattr(parent, name, PackedLinear(linear, dtype, out_dtype))
+            out_dtype = between
+            if is_attention and name != "out":
+                out_dtype = torch.float32
+            setattr(parent, name, PackedLinear(linear, dtype == "int8", out_dtype))
     return fast
 
 def cuda_graph(call, inputs, pool=None):
@@ -1535,30 +1582,30 @@ def cuda_graph(call, inputs, pool=None):
 
 # ---- Translation: text in, text out ----------------------------------------------
 
-def pad_rows(rows, device="cpu"):
-    """Lists of ids -> (B, longest) int64, filled up with PAD on the right."""
-    rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-    return padded.to(device)
+def longest_source(model, max_src):
+    """How many ids of a source the model can read, of at most max_src. EOS is not counted."""
+    learned = model.config.learned_positions or math.inf
+    return min(max_src, learned - 1)
 
 def translate(model, tokenizer, lines, beam_size=4, length_penalty=None, batch_tokens=25_000,
               n_best=1, max_src=1024, progress=None):
-    """Translations of a list of strings, in order: [[(text, score), ...n_best], ...].
+    """Translations of an iterable of strings, in order: [[(text, score), ...n_best], ...].
 
-    An empty line stays empty. Line breaks in a translation become spaces. Sources are cut after
-    max_src ids, since the time of attention grows with the square of the length.
+    An empty line stays empty. White space is made regular first (see clean). Line breaks in a
+    translation become spaces. Sources are cut after max_src ids, since the time of attention grows
+    with the square of the length.
     length_penalty: None is the model's own.
     batch_tokens: ids that the sentences of a batch may need together: their sources, and for each
         hypothesis of the beam a target of the greatest length, source length + 50.
     progress: a function called after each batch with the number of lines translated so far.
-    Raises ValueError if the tokenizer gives the id PAD to a word.
+    Raises TypeError for a string in place of lines, and ValueError if the tokenizer gives the id
+    PAD to a word.
     """
     if length_penalty is None:
         length_penalty = model.length_penalty
-    if model.config.learned_positions:
-        max_src = min(max_src, model.config.learned_positions - 1)      # one is for EOS
-    sources = {i: tokenizer.encode(line)[:max_src] + [EOS]
-               for i, line in enumerate(lines) if line.strip()}
+    max_src = longest_source(model, max_src)
+    lines = [clean(line) for line in as_list(lines)]
+    sources = {i: tokenizer.encode(line)[:max_src] + [EOS] for i, line in enumerate(lines) if line}
     for i, ids in sources.items():
         if PAD in ids:                  # the model would take it for the end of the sentence
             raise ValueError(f"expected no id {PAD} for a word, got one in {lines[i]!r}")
@@ -1567,25 +1614,24 @@ def translate(model, tokenizer, lines, beam_size=4, length_penalty=None, batch_t
     # Sentences of like length share a batch, so there is little padding. The longest go first: if
     # the memory is too small, that shows at once.
     order = sorted(sources, key=lambda i: -len(sources[i]))
-    n_done = len(lines) - len(sources)
     while order:
         length = len(sources[order[0]])
         n = max(1, batch_tokens // (length + beam_size * (length + 50)))
         batch = order[:n]
         order = order[n:]
-        src = pad_rows([sources[i] for i in batch], model.embedding.weight.device)
+        padded = [sources[i] + [PAD] * (length - len(sources[i])) for i in batch]
+        src = torch.tensor(padded, device=model.embedding.weight.device)
         ids, scores = beam_search(model, src, beam_size, length_penalty, n_best=n_best)
         ids = ids.view(len(batch), n_best, -1).tolist()
         scores = scores.view(len(batch), n_best).tolist()
         for i, rows, values in zip(batch, ids, scores, strict=True):
-            texts = []
-            for row in rows:
+            results[i] = []
+            for row, value in zip(rows, values, strict=True):
                 known = [i for i in row if i < len(tokenizer)]      # a model may have more ids
-                texts.append(" ".join(tokenizer.decode(known).splitlines()))
-            results[i] = list(zip(texts, values, strict=True))
-        n_done += len(batch)
+                text = " ".join(tokenizer.decode(known).splitlines())
+                results[i].append((text, value))
         if progress is not None:
-            progress(n_done)
+            progress(len(results) - len(order))
     return results
 
 # ---- Where the model looks --------------------------------------------------------
@@ -1622,12 +1668,14 @@ def attention_maps(model, src, tgt_in):
         model(src, tgt_in)
     return {name: torch.stack(layers) for name, layers in maps.items()}
 
-def token_text(tokenizer, i, n):
-    """At most n characters that show the token with id i: a dot for each that can't be seen."""
+def token_text(tokenizer, i):
+    """What the token with id i looks like: a dot if it can't be seen."""
     if i == EOS:
         return "</s>"
-    text = tokenizer.bytes[i].decode("utf-8", "replace").strip() or "·"
-    return "".join(c if c.isprintable() else "·" for c in text)[:n]
+    text = tokenizer.decode([i]).strip()
+    if not text or not text.isprintable():
+        return "·"
+    return text
 
 def draw_attention(model, tokenizer, source, target, max_src=1024):
     """Where the model looks while it writes the target, as lines for a terminal. Two str -> str
@@ -1635,29 +1683,23 @@ def draw_attention(model, tokenizer, source, target, max_src=1024):
     A row is a token of the target, a column a token of the source, and darker means a larger
     weight: those of the last layer's cross-attention, averaged over its heads.
     """
-    device = model.embedding.weight.device
-    longest = model.config.learned_positions or max_src + 1
-    src = tokenizer.encode(source)[:min(max_src, longest - 1)] + [EOS]
+    src = tokenizer.encode(clean(source))[:longest_source(model, max_src)] + [EOS]
     tgt = tokenizer.encode(target) + [EOS]
-    if model.config.learned_positions:
-        tgt = tgt[:longest]
-    src_row = pad_rows([src], device)
-    tgt_in_row = pad_rows([[BOS] + tgt[:-1]], device)
+    tgt = tgt[:model.config.learned_positions or None]
+    device = model.embedding.weight.device
+    src_row = torch.tensor([src], device=device)
+    tgt_in_row = torch.tensor([[BOS] + tgt[:-1]], device=device)
     cross = attention_maps(model, src_row, tgt_in_row)["cross"]         # (layers, 1, H, T, S)
     weights = cross[-1, 0].float().mean(0).tolist()                     # T lists of S numbers
 
-    # The names of the columns stand upright, one letter below the other. Where a terminal has the
-    # room, a column is two characters wide.
-    width = 2 if 17 + 2 * len(src) <= 80 else 1
-    columns = [token_text(tokenizer, i, 10) for i in src]
-    height = max(len(name) for name in columns)
-    lines = []
-    for row in range(height):
-        letters = [name.rjust(height)[row].ljust(width) for name in columns]
-        lines.append(" " * 17 + "".join(letters))
+    # The names of the columns stand upright, one letter below the other.
+    names = [token_text(tokenizer, i)[:10] for i in src]
+    height = max(map(len, names))
+    names = [name.rjust(height) for name in names]
+    lines = [" " * 17 + " ".join(letters) for letters in zip(*names, strict=True)]
     for i, row in zip(tgt, weights, strict=True):
-        shades = [" ░▒▓█"[min(4, int(w * 5))] * width for w in row]
-        lines.append(f"{token_text(tokenizer, i, 16):>16} " + "".join(shades))
+        shades = [" ░▒▓█"[min(4, int(w * 5))] * 2 for w in row]
+        lines.append(f"{token_text(tokenizer, i)[:16]:>16} " + "".join(shades))
     return "\n".join(line.rstrip() for line in lines)
 
 # ---- The tour: python transformer.py ----------------------------------------------
@@ -1665,11 +1707,17 @@ def draw_attention(model, tokenizer, source, target, max_src=1024):
 def show_shape(what, x):
     print(f"  {what:<44} {tuple(x.shape)}")
 
-def tour():
-    """A small model, step by step, with every claim checked.
+def check(condition, claim):
+    """Prints a claim that holds. An assert would check nothing under python -O.
 
-    Raises AssertionError if one does not hold.
+    Raises AssertionError if it doesn't hold.
     """
+    if not condition:
+        raise AssertionError(f"this does not hold: {claim}")
+    print(f"  {claim}")
+
+def tour():
+    """A small model, step by step, with every claim checked (see check)."""
     torch.manual_seed(0)
     config = Config(vocab_size=11, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2,
                     n_decoder_layers=2, dropout=0.0)
@@ -1697,26 +1745,25 @@ def tour():
         show_shape("logits: a score for every word", logits)
 
         print("\nChecked:")
-        assert torch.allclose(weights.sum(-1), torch.ones(()))
-        assert not weights[1, :, :, 3:].any()
-        print("  weights sum to 1, and padding gets none")
+        sums_to_1 = torch.allclose(weights.sum(-1), torch.ones(()))
+        padding = weights[1, :, :, 3:]
+        check(sums_to_1 and not padding.any(), "weights sum to 1, and padding gets none")
         changed_in = tgt_in.clone()
         changed_in[:, 3] = 10
         changed = model(src, changed_in)
-        assert torch.equal(changed[:, :3], logits[:, :3]) and not torch.equal(changed, logits)
-        print("  no prediction depends on a later target word")
+        same_before = torch.equal(changed[:, :3], logits[:, :3])
+        differs = not torch.equal(changed, logits)
+        check(same_before and differs, "no prediction depends on a later target word")
         alone = model(src[1:, :3], tgt_in[1:, :4])
-        assert torch.allclose(alone, logits[1:, :4], atol=1e-5)
-        print("  a sentence gets the same logits alone and in a batch")
+        same_alone = torch.allclose(alone, logits[1:, :4], atol=1e-5)
+        check(same_alone, "a sentence gets the same logits alone and in a batch")
         found, _ = beam_search(model, src, beam_size=1)
-        assert torch.equal(greedy(model, src), found)
-        print("  the cache changes nothing but the time")
+        check(torch.equal(greedy(model, src), found), "the cache changes nothing but the time")
 
     print("\nLearning this batch by heart: every target is its source in reverse")
     learn_by_heart(model, src, tgt)
     written = greedy(model, src)
-    assert torch.equal(written, tgt[:, 1:])
-    print("  greedy decoding writes", *written.tolist())
+    check(torch.equal(written, tgt[:, 1:]), f"greedy decoding writes {written.tolist()}")
     print("All of it holds. Next: python train.py")
 
 # ---- The command line, of this script and of train.py and bench.py ---------------
@@ -1738,21 +1785,17 @@ def show_help(path):
         text = file.read()
     about = text.split('"""')[1]
     names = re.split("\n# ---- (?:end of )?settings.*\n", text)[1]
+    sys.stdout.reconfigure(errors="replace")    # an old Windows console has no arrows
     print(about.strip(), names, sep="\n\n")
 
-def to_kind(text, kind):
-    """Text to a bool, int, float or str; it is never run as code. Raises ValueError if it can't
-    be. "~" at the beginning of a str is the home folder: many settings are paths."""
-    if kind is bool:
-        if text not in ("True", "False"):
-            raise ValueError
-        return text == "True"
-    return os.path.expanduser(text) if kind is str else kind(text)
+# What a setting must be, for each type of a default.
+EXPECTED = {bool: "True or False", int: "a whole number", float: "a number"}
 
 def override(settings, argv, path):
     """The settings that argv (--name=value) changes, each of the type of its default. -> dict
 
-    --help prints those of the script at path. A mistake costs one line and exit status 2.
+    "~" at the beginning of a text is the home folder, since many settings are paths. --help prints
+    the settings of the script at path. A mistake costs one line and exit status 2.
     """
     given = {}
     for arg in argv:
@@ -1765,13 +1808,15 @@ def override(settings, argv, path):
             advice = f"did you mean --{near[0]}?" if near else "--help lists them all"
             fail(f"unknown setting {arg!r}, {advice}")
         if not equals:
-            fail(f"--{name} needs a value, as in --{name}={settings[name]}")
+            example = shlex.quote(f"--{name}={settings[name]}")
+            fail(f"--{name} needs a value, as in {example}")
         kind = type(settings[name])
         try:
-            given[name] = to_kind(value, kind)
-        except ValueError:
-            expected = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
-            fail(f"--{name} must be {expected}, got {value!r}")
+            if kind is bool:            # bool("False") would be True
+                value = {"True": True, "False": False}[value]
+            given[name] = os.path.expanduser(value) if kind is str else kind(value)
+        except (KeyError, ValueError):
+            fail(f"--{name} must be {EXPECTED[kind]}, got {value!r}")
     return given
 
 # ---- settings ---------------------------------------------------------------
@@ -1782,6 +1827,8 @@ n_best = 1                  # translations for each line; above 1: line from 0, 
 batch_tokens = 25_000       # ids in work at a time: sources, and all targets at their longest
 max_src = 1024              # source ids after which a line is cut
 show_attention = False      # True draws each translation's attention map under it
+reference = ""              # a file of right translations, to print the BLEU at the end; "": none
+bleu_tokenize = "13a"       # what a word of it is: 13a, none (stands between spaces) or char
 device = "auto"             # cpu, cuda, cuda:1, mps; auto: cuda where there is one
 dtype = "auto"              # float32, bfloat16, int8 (fastest on a CPU); auto: see for_inference
 # ---- end of settings --------------------------------------------------------
@@ -1793,15 +1840,21 @@ def line_text(line):
     """The text of a line of bytes. What is not UTF-8 becomes U+FFFD, a byte-order mark goes."""
     return line.rstrip(b"\r\n").decode("utf-8", "replace").removeprefix("\ufeff")
 
+def read_block(stream):
+    """The next bytes of a raw stream. One that does not block gives None while it has nothing."""
+    while (block := stream.read(1 << 19)) is None:
+        select.select([stream], [], [])
+    return block
+
 def read_windows(stream):
-    """Yields lists of lines from a binary stream: each list is what one read brings.
+    """Yields lists of lines from a raw binary stream: each list is what one read brings.
 
     A file comes in large blocks, and a pipe as it is written, so an endless input is translated as
     it comes. Only \\n ends a line. A line ends at LONGEST_LINE: so a file of one endless line takes
     little memory.
     """
     rest = bytearray()                  # the beginning of a line whose end has not come yet
-    while block := stream.read1(1 << 19):
+    while block := read_block(stream):
         *lines, tail = block.split(b"\n")
         if lines:
             lines[0] = bytes(rest) + lines[0]
@@ -1810,6 +1863,18 @@ def read_windows(stream):
         rest += tail[:LONGEST_LINE - len(rest)]
     if rest:
         yield [line_text(rest)]
+
+def check_settings():
+    if batch_tokens < 1 or max_src < 1:
+        fail("expected batch_tokens and max_src of at least 1")
+    if not 1 <= n_best <= beam_size:
+        fail("expected 1 <= n_best <= beam_size")
+    if length_penalty != -1 and not 0 <= length_penalty <= 10:
+        fail("expected length_penalty of -1, or from 0 to 10")
+    if dtype not in ("auto", *BETWEEN):
+        fail(f"--dtype must be float32, bfloat16, int8 or auto, got {dtype!r}")
+    if bleu_tokenize not in BLEU_WORDS:
+        fail(f"--bleu_tokenize must be 13a, none or char, got {bleu_tokenize!r}")
 
 def load_to_translate():
     """The model and the tokenizer that the settings name, ready for this machine."""
@@ -1825,6 +1890,27 @@ def load_to_translate():
               file=sys.stderr)
     return model, tokenizer
 
+def read_references():
+    """The lines of the file that the setting names."""
+    try:
+        with open(reference, "rb", buffering=0) as file:
+            return sum(read_windows(file), [])
+    except (OSError, ValueError) as error:      # ValueError: the name can't be one of a file
+        fail(f"cannot read --reference={reference}: {error}")
+
+def compare_lengths(n_lines, references):
+    if n_lines != len(references):
+        fail(f"the input has {n_lines} lines, {reference} has {len(references)}")
+
+def warn_of_cuts(model, tokenizer, lines, n_before):
+    longest = longest_source(model, max_src)
+    reason = "--max_src"
+    if longest < max_src:
+        reason = "all positions it has learned"
+    for number, line in enumerate(lines, n_before + 1):
+        if len(tokenizer.encode(line)) > longest:
+            print(f"line {number} is cut after {longest} ids ({reason})", file=sys.stderr)
+
 def show_progress(n_before, n_done):
     # The next message starts at the same place, and so takes the place of this one.
     print(f"{n_before + n_done} lines translated", end="\r", file=sys.stderr, flush=True)
@@ -1833,36 +1919,29 @@ def print_best(number, line, best, model, tokenizer):
     """The translations of one line: the text alone, or with n_best > 1 a table."""
     for text, score in best:
         print(f"{number}\t{score:.4f}\t{text}" if n_best > 1 else text)
-    if show_attention and line.strip():
+    if show_attention and line:
         print(draw_attention(model, tokenizer, line, best[0][0], max_src), end="\n\n")
 
 def translate_stdin():
     """Standard input to standard output, line by line, so that whoever stops it has whole lines."""
-    if batch_tokens < 1 or max_src < 1:
-        fail("expected batch_tokens and max_src of at least 1")
-    if not 1 <= n_best <= beam_size:
-        fail("expected 1 <= n_best <= beam_size")
-    if length_penalty != -1 and not 0 <= length_penalty <= 10:
-        fail("expected length_penalty of -1, or from 0 to 10")
+    check_settings()
+    windows = read_windows(sys.stdin.buffer.raw)
+    if reference:
+        references = read_references()
+        if sys.stdin.seekable():        # a file: a mistake shows before the work
+            windows = list(windows)
+            compare_lengths(sum(map(len, windows)), references)
     model, tokenizer = load_to_translate()
-    longest = max_src
-    reason = "--max_src"
-    if 0 < model.config.learned_positions <= max_src:
-        longest = model.config.learned_positions - 1        # one is for EOS
-        reason = "all positions it has learned"
     if length_penalty >= 0:
         model.length_penalty = length_penalty
     torch.backends.cuda.enable_cudnn_sdp(False)     # it makes a new plan for the shape of each step
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
 
     n_lines = 0
-    for lines in read_windows(sys.stdin.buffer):
-        for number, line in enumerate(lines, n_lines + 1):
-            # A line of n characters has at most 4n + 1 bytes, and no more ids. So most lines need
-            # not be encoded twice.
-            may_be_cut = line.strip() and 4 * len(line) + 1 > longest
-            if may_be_cut and len(tokenizer.encode(line)) > longest:
-                print(f"line {number} is cut after {longest} ids ({reason})", file=sys.stderr)
+    hypotheses = []
+    for window in windows:
+        lines = [clean(line) for line in window]
+        warn_of_cuts(model, tokenizer, lines, n_lines)
         progress = None
         if sys.stderr.isatty() and not sys.stdout.isatty():
             progress = partial(show_progress, n_lines)
@@ -1871,6 +1950,13 @@ def translate_stdin():
         for number, (line, best) in enumerate(zip(lines, results, strict=True), n_lines):
             print_best(number, line, best, model, tokenizer)
         n_lines += len(lines)
+        if reference:
+            hypotheses += [best[0][0] for best in results]
+
+    if reference:
+        compare_lengths(n_lines, references)
+        score = bleu(hypotheses, references, bleu_tokenize)
+        print(f"BLEU {score:.2f} (tokenizer {bleu_tokenize}, {n_lines} lines)", file=sys.stderr)
 
 def main():
     if not checkpoint:
@@ -1885,8 +1971,6 @@ def main():
             fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except ValueError as error:
-        fail(str(error))
     except MemoryError:
         fail("out of memory")
     except RuntimeError as error:
