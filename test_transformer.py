@@ -65,6 +65,10 @@ from transformer import (
     for_inference,
 )
 
+# Under nohup a hangup is ignored, and train.py leaves that so.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 CPU = torch.device("cpu")
 HERE = os.path.dirname(os.path.abspath(__file__))
 SEED = int(os.environ.get("SEED", time.time_ns() % 100_000))
