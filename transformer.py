@@ -26,7 +26,8 @@ number for each of the V words, and softmax turns them into probabilities.
 Each axis of a tensor has one letter: B batch (sentences), S source length, T target length, D
 d_model (the width), H heads, V vocabulary, and in decoding N beams (the hypotheses kept for each
 sentence) and L the length of the longest result. Inside attention, T counts the queries and S the
-keys. The width of one head has the paper's name: d_k, which is D/H.
+keys, whatever sentence they come from. The width of one head has the paper's name: d_k, which is
+D/H.
 """
 
 import contextlib
@@ -106,7 +107,7 @@ def sinusoids(positions, d_model):
     Each pair of columns, a sine and a cosine, is a clock hand with its own speed. To move by n
     positions turns each hand by a fixed angle, wherever one starts. Such a turn is a matrix
     product. So a layer can learn a matrix that turns the hands back by n positions, and find the
-    word n places before each word. And a formula works for any length.
+    word n places before each word. And a formula can be computed for any length.
     """
     two_i = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32)
     frequency = torch.exp(two_i * (-math.log(10000.0) / d_model))   # (D/2,) = 10000^(-2i/D)
@@ -171,10 +172,11 @@ def attention_weights(q, k, mask=None):
     >>> attention_weights(q, k, mask=torch.tensor([[False, False, False]]))
     tensor([[0., 0., 0.]])
     """
-    # A dot product of random vectors is a sum of d_k terms of variance 1, so it grows like √d_k. A
-    # softmax of numbers that lie far apart is nearly 1 for one of them and 0 for the others, and
-    # has almost no gradient. So the products are divided by √d_k (§3.2.1). Here the queries are
-    # divided, not the products: in float16 a product could overflow before its division.
+    # A dot product of random vectors is a sum of d_k terms. Each has variance 1, the sum d_k, so
+    # its typical size is √d_k. A softmax of numbers that lie far apart is nearly 1 for one of them
+    # and 0 for the others, and has almost no gradient. So the products are divided by √d_k
+    # (§3.2.1). Here the queries are divided, not the products: in float16 a product could overflow
+    # before its division.
     d_k = q.size(-1)
     scores = (q / math.sqrt(d_k)) @ k.transpose(-2, -1)             # (..., T, S)
     scores = at_least_float32(scores)
@@ -400,7 +402,7 @@ class Transformer(nn.Module):
         embedding: V·D                                         18.94
         6 encoder layers: attention 1.05, ffn 2.10             18.90
         6 decoder layers: attention 2 · 1.05, ffn 2.10         25.20
-        in all                                                 63.05
+        in all (Table 3 says 65)                               63.05
 
     Attention has four D·D matrices, and the ffn two D·d_ff ones. Each layer's biases and norms are
     counted too, though they are few. The output is the embedding again and adds none.
@@ -426,7 +428,8 @@ class Transformer(nn.Module):
         if config.learned_positions:
             self.learned_src = nn.Embedding(config.learned_positions, D)
             self.learned_tgt = nn.Embedding(config.learned_positions, D)
-        # Two modules: one that is called twice with one seed would drop the same places twice.
+        # Two modules, for a dropout in their place that keeps a seed of its own: a single one that
+        # is called twice would drop the same places on both sides.
         self.src_dropout = nn.Dropout(config.dropout)
         self.tgt_dropout = nn.Dropout(config.dropout)
 
