@@ -824,7 +824,7 @@ def refuse(new, fixed, owner):
     """Ends the run if a setting that is fixed is to have another value. new, fixed: dicts"""
     for name, value in fixed.items():
         if new.get(name, value) != value:
-            fail(f"{owner} has --{name}={value}, which can't become {new[name]}: leave it out, "
+            fail(f"{owner} has --{name}={value!r}, which can't become {new[name]!r}: leave it out, "
                  "or begin a new run in another --out_dir")
 
 
@@ -937,8 +937,8 @@ def go_on(given):
     say(f"going on with the run in {out_dir}, after step {state['step']:,} of {max_steps:,}")
     if max_steps > old["max_steps"]:
         state["n_worse"] = 0
+    _, tokenizer, _ = read_data()
     if src:
-        _, tokenizer, _ = read_data()
         val = validation_ids(tokenizer)
         if val != state["val"]:
             say("the validation text has changed, so the best score so far no longer counts")
