@@ -18,7 +18,7 @@ from transformer import settings_of
 size = "small"          # copy, tiny, small, base or big: see SIZES below
 batch = 64              # sentence pairs in a step
 length = 32             # ids in the longest sentence; the shortest has half of that
-vocab_size = 8000
+vocab_size = 8000       # words that the model knows
 steps = 8               # timed steps; the median counts
 seconds = 20.0          # no row of one process goes on after so long; warm-up is extra
 decode_batch = 32       # sentences decoded together
@@ -29,7 +29,7 @@ plan = False            # True: measures this machine and says what a run would 
 plan_tokens = 5e9       # source and target ids the run reads in all; the paper's: 100,000 x 50,000
 plan_devices = 1        # devices like this one; gradients are summed over them once a step
 compile = True          # False: this model's training step is neither compiled nor a CUDA graph
-seed = 1
+seed = 1                # of the weights and the ids
 # ---- end of settings --------------------------------------------------------
 settings = settings_of(globals())
 
@@ -54,8 +54,8 @@ import torch.nn.functional as F
 from train import (
     GRAPH_SIZE, Graphs, Loss, flat_gradient, make_work, rank, set_up, why_not_compile, world)
 from transformer import (
-    BOS, EOS, PAD, Config, Transformer, beam_search, fail, for_inference, has_bfloat16, has_int8,
-    override, sinusoids)
+    BOS, EOS, PAD, Config, Transformer, beam_search, cache_for, fail, for_inference, has_bfloat16,
+    has_int8, override, sinusoids)
 
 # d_model, d_ff, heads, layers on each side. The last two are Table 3 of the paper.
 SIZES = {
@@ -329,9 +329,9 @@ def compare(table, config, inputs, numbers, n_ids, ideal, own):
 
     if dtype == "int8" and has_int8(src.device):
         numbers = "int8"
-    model = Transformer(config).to(src.device)
-    model = for_inference(model, numbers)
-    search = partial(beam_search, model, source, max_len=decode_len, min_len=decode_len)
+    model = for_inference(Transformer(config).to(src.device), numbers)
+    search = partial(beam_search, model, source, max_len=decode_len, min_len=decode_len,
+                     make_cache=cache_for(src.device))
     for beam_size in (1, 4):
         took = timed(partial(search, beam_size=beam_size), 3, 1, seconds)
         add_row(table, f"decode, beam {beam_size}, this model, {numbers}", took, n_ids)
@@ -470,8 +470,6 @@ if __name__ == "__main__":
     globals().update(override(settings, sys.argv[1:], __file__))
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except RuntimeError as error:
         # A CPU says so in an ordinary RuntimeError, and a GPU in other words.
         text = str(error)

@@ -1243,7 +1243,7 @@ if __name__ == "__main__":
             penalties = [0.6, 1.0, 1.4]
         scores = {}
         for alpha in penalties:
-            found = translate(fast, tokenizer, sources, beam_size, alpha, progress=progress)
+            found = translate(fast, tokenizer, sources, beam_size, alpha)
             scores[alpha] = bleu([texts[0][0] for texts in found], references, bleu_tokenize)
         alpha = max(scores, key=scores.get)
         final.length_penalty = alpha

@@ -217,9 +217,7 @@ def attention(q, k, v, mask=None, causal=False):
         causal = False
 
     # torch.export writes one program for sentences of all lengths, so it cannot choose by length.
-    # (torch 2.5 has no is_exporting.)
-    is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    may_choose = q.device.type == "cpu" and not is_exporting()
+    may_choose = q.device.type == "cpu" and not torch.compiler.is_exporting()
     if may_choose and T * S <= MAX_WEIGHTS_ON_CPU:
         if causal:
             mask = causal_mask(T, q.device)
@@ -488,11 +486,11 @@ class Transformer(nn.Module):
 
         ids: (..., T), the first at position start -> (..., T, D)
         """
-        end = start + ids.size(-1)
-        if learned is not None and end > learned.num_embeddings:
+        n = ids.size(-1)
+        if learned is not None and n > learned.num_embeddings:
             most = learned.num_embeddings
-            raise ValueError(f"expected at most the {most} positions learned, got {end}")
-        positions = torch.arange(start, end, device=ids.device)     # (T,)
+            raise ValueError(f"expected at most the {most} positions learned, got {n}")
+        positions = start + torch.arange(n, device=ids.device)      # (T,)
         if learned is None:
             encoding = sinusoids(positions, self.config.d_model)    # (T, D)
         else:
@@ -663,7 +661,7 @@ class Cache:
     def __init__(self, model, memory, src, n_beams, max_len):
         """Allocates room for max_len steps. memory: (B, S, D), model.encode(src)"""
         self.n_beams = n_beams
-        self.length = 0
+        self.length = 0                 # positions stored so far
         self.mask = None                # (B, 1, N, keys so far) of this step; None for one beam
         self.memory_mask = None
         if (src == PAD).any():
@@ -677,14 +675,15 @@ class Cache:
             # Contiguous only for speed: otherwise every step would copy them before it multiplies.
             self.memory_kv.append((k.contiguous(), v.contiguous()))
             B, H, _, d_k = k.shape
-            self.self_kv.append((k.new_empty(B, H, n_keys, d_k), v.new_empty(B, H, n_keys, d_k)))
+            self.self_kv.append((k.new_zeros(B, H, n_keys, d_k), v.new_zeros(B, H, n_keys, d_k)))
         self.visible = torch.zeros(len(src), n_beams, n_keys, dtype=torch.bool, device=src.device)
 
     def open_position(self):
         """Makes room for the next position: a beam will see its own new key, not the others'."""
-        start = self.length * self.n_beams
-        end = start + self.n_beams
+        self.position = self.length
         self.length += 1
+        start = self.position * self.n_beams
+        end = start + self.n_beams
         own = torch.eye(self.n_beams, dtype=torch.bool, device=self.visible.device)     # (N, N)
         self.visible[:, :, start:end] = own
         if self.n_beams > 1:                                    # a single beam sees all there is
@@ -702,7 +701,11 @@ class Cache:
     def reorder(self, parents):
         """Beam n becomes a continuation of what was beam parents[:, n]. (B, N)"""
         # visible[b, n] becomes visible[b, parents[b, n]].
-        self.visible = self.visible.gather(1, parents[..., None].expand_as(self.visible))
+        self.visible.copy_(self.visible.gather(1, parents[..., None].expand_as(self.visible)))
+
+    def should_select(self, n_done, n):
+        """Whether to drop the n_done finished of n sentences: moving the others takes time, too."""
+        return 4 * n_done >= n
 
     def select(self, rows):
         """Keeps the sentences with these numbers, (n,) int64: finished ones cost nothing more."""
@@ -711,6 +714,11 @@ class Cache:
         self.visible = self.visible[rows]
         if self.memory_mask is not None:
             self.memory_mask = self.memory_mask[rows]
+
+    def step(self, model, newest):
+        """One position more for all hypotheses: next_log_probs, below."""
+        self.open_position()
+        return next_log_probs(model, newest, self)
 
 def cached_self_attention(x, self_attn, cache, i):
     """self_attn(x, causal=True) at the newest position; layer i of the cache has the earlier ones.
@@ -734,14 +742,14 @@ def next_log_probs(model, newest, cache):
     newest: (B, N) ids -> (B, N, V), float32
 
     This is Transformer.decode for one position. The keys and values of all earlier positions, and
-    those of the source, come from the cache. The parts of a layer are called here, not the layer
-    itself, so decoding needs whole weights: it does not run after `fully_shard`.
+    those of the source, come from the cache, whose open_position has made room. The parts of a
+    layer are called here, not the layer itself, so decoding needs whole weights: it does not run
+    after `fully_shard`.
     """
-    cache.open_position()
     # All N tokens of a sentence stand at the same position, so for `embed` they are N sequences of
     # one id each.
     ids = newest[..., None]                                         # (B, N, 1)
-    x = model.embed(ids, model.embedding, model.learned_tgt, start=cache.length - 1)  # (B, N, 1, D)
+    x = model.embed(ids, model.embedding, model.learned_tgt, start=cache.position)   # (B, N, 1, D)
     x = x.squeeze(2)                                                # (B, N, D)
     for i, layer in enumerate(model.decoder):
         x = cached_layer(x, layer, cache, i)                        # (B, N, D)
@@ -776,7 +784,8 @@ def pick(rows, index):
 #         still reach -2.0 / penalty(10, 0.6) = -2.0 / 1.733 = -1.15. That is better than -1.28.
 
 @torch.no_grad()
-def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_len=0, n_best=1):
+def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_len=0, n_best=1,
+                make_cache=Cache):
     """The best translations that a beam can find. §6.1
 
     Greedy decoding cannot take back a word. A beam keeps the N best hypotheses of each sentence and
@@ -788,6 +797,7 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
     beam_size: N; with 1 this is greedy decoding. max_len and min_len count ids with EOS.
     max_len=None is the paper's limit: source length + 50 (see length_limits). But for roundings, a
     translation does not depend on the other sentences of the batch.
+    make_cache: Cache, or StaticCache (below), with which a GPU is faster.
 
     Returns ids, (B, L) int64 without BOS, each row ending with EOS, then PAD, and float32 scores,
     (B,). With n_best > 1 both get an axis after the first, best first: (B, n_best, L) and (B,
@@ -821,11 +831,11 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
     sentence = torch.arange(B, device=src.device)                   # (B,)
 
     with eval_mode(model):
-        cache = Cache(model, model.encode(src), src, N, longest)
+        cache = make_cache(model, model.encode(src), src, N, longest)
         for length in range(1, longest + 1):
             # Grow every hypothesis by every word, and take the 2N best. Of the V words only
             # one, EOS, ends a hypothesis. So at most N of the 2N end here, and N are left to go on.
-            word_log_prob = next_log_probs(model, newest, cache)    # (B, N, V)
+            word_log_prob = cache.step(model, newest)               # (B, N, V)
             word_log_prob[..., :EOS] = -math.inf                # PAD and BOS are never proposed
             # At its limit a sentence can only end. (Only learned_positions can set a limit below
             # min_len. Then all limits are equal, so the `elif` need not look at the others.)
@@ -875,10 +885,10 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             if n_done == len(done):
                 break
 
-            # A finished sentence finds nothing more: with a log P of -inf it stays done. Moving
-            # the others together costs time, so the finished leave when they are a quarter of all.
+            # A finished sentence finds nothing more: with a log P of -inf it stays done, until
+            # enough have finished for the others to move together.
             log_prob.masked_fill_(done[:, None], -math.inf)
-            if 4 * n_done >= len(done):
+            if cache.should_select(n_done, len(done)):
                 left = (~done).nonzero().squeeze(1)             # numbers of the rows that go on
                 cache.select(left)
                 sentence = sentence[left]
@@ -922,7 +932,6 @@ import difflib
 import heapq
 import os
 import re
-import select
 import shlex
 import sys
 import textwrap
@@ -942,9 +951,10 @@ def merge(ids, pair, new):
     >>> merge([1, 2, 1, 2, 1], (1, 2), new=9)
     [9, 9, 1]
     """
+    a, b = pair
     out = []
     for i in ids:
-        if out and (out[-1], i) == pair:
+        if i == b and out and out[-1] == a:
             out[-1] = new
         else:
             out.append(i)
@@ -980,7 +990,7 @@ class Tokenizer:
     [35, 100, 259, 35, 259]
 
     Every byte has an id, so every string has an encoding, and decode(encode(s)) == s. No text
-    becomes an id below 3. Raises ValueError for merges of ids not yet made, or of too many bytes.
+    becomes an id below 3.
     """
 
     # How a text is cut into words. They end at 32 characters, so that no input can make merging
@@ -994,19 +1004,12 @@ class Tokenizer:
                                      # belongs to the word
         | \s                         # that last one, if it is no space
         """, re.VERBOSE)
-    LONGEST = 33 * 4                    # bytes of a word: 33 characters of at most four
 
     def __init__(self, merges):
         self.merges = [(int(a), int(b)) for a, b in merges]
         self.bytes = [b""] * 3 + [bytes([i]) for i in range(256)]      # id -> its bytes
-        for i, (a, b) in enumerate(self.merges):
-            if not (3 <= a < 259 + i and 3 <= b < 259 + i):
-                raise ValueError(f"merge {i} joins ids {a} and {b}, expected two from before it")
-            data = self.bytes[a] + self.bytes[b]
-            # Without a limit, 60 merges in a hostile file, each twice the last, fill all memory.
-            if len(data) > self.LONGEST:
-                raise ValueError(f"merge {i} makes {len(data)} bytes, at most {self.LONGEST} fit")
-            self.bytes.append(data)
+        for a, b in self.merges:
+            self.bytes.append(self.bytes[a] + self.bytes[b])
         self.joined = {pair: 259 + i for i, pair in enumerate(self.merges)}
         self.cache = {}                 # word -> its ids: text repeats its words
 
@@ -1044,11 +1047,11 @@ class Tokenizer:
         >>> Tokenizer.train(lines, 270).merges == train_slowly(lines, 270)
         True
 
-        To count all pairs anew for each merge would take hours. So all words stand in one row, each
-        pair knows its places there (`where`), and a merge changes the counts of the neighbours at
-        those places only. A heap gives the next pair. A merge makes new pairs, which go into the
-        heap. The counts of the pairs already there can only fall. So an entry of the heap that is
-        out of date stands too high: it is met in time, and goes back with its true count.
+        To count all pairs anew for each merge would take hours. So each pair knows the words that
+        have it (`where`), and a merge changes the counts of its neighbours in these words alone. A
+        heap gives the next pair. A merge makes new pairs, which go into the heap. The counts of the
+        pairs already there can only fall. So an entry of the heap that is out of date stands too
+        high: it is met in time, and goes back with its true count.
 
         Raises ValueError for a vocab_size below 259.
         """
@@ -1058,24 +1061,19 @@ class Tokenizer:
         counts = lines
         if not isinstance(lines, Counter):
             counts = Counter(word for line in lines for word in cls.words(line))
-        row = [0]                       # all words, with a 0 after each
-        weight = [0]                    # how often the word at this place occurs in the text
-        for word, n in counts.items():
-            row += [3 + byte for byte in word.encode("utf-8", "surrogatepass")]
-            row.append(0)
-            weight += [n] * (len(row) - len(weight))
+        words = [[3 + byte for byte in word.encode("utf-8", "surrogatepass")] for word in counts]
+        times = list(counts.values())   # how often each of the words occurs in the text
 
         total = Counter()               # pair -> how often it occurs in the text
-        where = defaultdict(list)       # pair -> the places in the row where it begins
-        for i, pair in enumerate(pairwise(row)):
-            if 0 not in pair:
-                total[pair] += weight[i]
-                where[pair].append(i)
+        where = defaultdict(set)        # pair -> the numbers of words that have it, or had it
+        for i, word in enumerate(words):
+            for pair in pairwise(word):
+                total[pair] += times[i]
+                where[pair].add(i)
         heap = [(-n, pair) for pair, n in total.items()]
         heapq.heapify(heap)
 
         merges = []
-        size = [1] * 259                # id -> how many bytes it has, and so places in the row
         while heap and 259 + len(merges) < vocab_size:
             n, pair = heapq.heappop(heap)
             if -n != total[pair]:
@@ -1086,32 +1084,19 @@ class Tokenizer:
             a, b = pair
             new = 259 + len(merges)
             merges.append(pair)
-            size.append(size[a] + size[b])
-            grown = set()
+            fresh = set()
             for i in where.pop(pair):
-                j = i + size[a]
-                end = i + size[new]
-                if row[i] != a or row[j] != b:
-                    continue            # one of the two has become part of another id
-                left = row[i - 1]
-                right = row[end]
-                # An id stands at its first and at its last place, where its neighbours look: "abc"
-                # becomes [ab, ab, c], and then [abc, ab, abc]. What lies between is out of date,
-                # and where a longer second id began, a 0 keeps old pairs from matching again.
-                row[j] = 0
-                row[i] = new
-                row[end - 1] = new
-                before = (i - size[left], (left, a), (left, new))
-                after = (i, (b, right), (new, right))
-                for place, old, fresh in (before, after):
-                    if 0 not in fresh:
-                        total[old] -= weight[i]
-                        total[fresh] += weight[i]
-                        where[fresh].append(place)
-                        grown.add(fresh)
+                words[i] = merge(words[i], pair, new)
+                for left, right in pairwise(words[i]):
+                    if new in (left, right):
+                        old = (b if left == new else left, a if right == new else right)
+                        total[old] -= times[i]
+                        total[left, right] += times[i]
+                        where[left, right].add(i)
+                        fresh.add((left, right))
             del total[pair]
-            for fresh in grown:
-                heapq.heappush(heap, (-total[fresh], fresh))
+            for pair in fresh:
+                heapq.heappush(heap, (-total[pair], pair))
         return cls(merges)
 
     def encode(self, text):
@@ -1170,7 +1155,6 @@ def as_list(lines):
 
 def words_13a(line):
     """The words of mteval-v13a: punctuation stands apart, but not inside numbers."""
-    line = line.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, char in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         line = line.replace(entity, char)
     line = re.sub(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 ", f" {line} ")
@@ -1181,6 +1165,10 @@ def words_13a(line):
 def characters(line):
     """Every character but the spaces is a word: for languages without spaces."""
     return list("".join(line.split()))
+
+def n_grams(words, n):
+    """How often each sequence of n words occurs. -> Counter"""
+    return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
 
 BLEU_WORDS = {"13a": words_13a, "none": str.split, "char": characters}
 
@@ -1196,36 +1184,32 @@ def bleu(hypotheses, references, tokenize="13a"):
     becomes 1/2, the next 1/4, and so on.
     """
     words = BLEU_WORDS[tokenize]
-    match = [0] * 4
-    total = [0] * 4
+    match = Counter()
+    total = Counter()
     n_hyp = 0
     n_ref = 0
-    pairs = zip(as_list(hypotheses), as_list(references), strict=True)
-    for hypothesis, reference in pairs:
+    for hypothesis, reference in zip(as_list(hypotheses), as_list(references), strict=True):
         hyp = words(hypothesis)
         ref = words(reference)
         n_hyp += len(hyp)
         n_ref += len(ref)
-        for n in range(4):
-            hyp_grams = Counter(zip(*(hyp[i:] for i in range(n + 1)), strict=False))
-            ref_grams = Counter(zip(*(ref[i:] for i in range(n + 1)), strict=False))
-            match[n] += (hyp_grams & ref_grams).total()
-            total[n] += hyp_grams.total()
-    if not any(match) or 0 in total:
+        for n in (1, 2, 3, 4):
+            grams = n_grams(hyp, n)
+            total[n] += grams.total()
+            match[n] += (grams & n_grams(ref, n)).total()
+    if not any(match.values()) or not all(total.values()):
         return 0.0
 
     log_precision = 0.0
     smoothed = 1.0
-    for m, t in zip(match, total, strict=True):
-        if m == 0:
+    for n in total:
+        if match[n] == 0:
             smoothed /= 2
-        log_precision += math.log(100 * (m or smoothed) / t) / 4
+        log_precision += math.log(100 * (match[n] or smoothed) / total[n]) / 4
     brevity = min(1.0, math.exp(1 - n_ref / n_hyp))
     return brevity * math.exp(log_precision)
 
 # ---- Checkpoints: tensors and plain values, nothing that could run -------------
-
-FORMAT = "attention-is-all-you-need/1"
 
 def write_atomically(path, content):
     """Writes content, anything that torch.save takes, so that path is always a whole file.
@@ -1241,16 +1225,10 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:        # torch puts its own around that of a full disk
         if os.path.exists(unfinished):
             os.remove(unfinished)
-        reason = error
-        if isinstance(error.__context__, OSError):      # torch puts an error of its own around it
-            reason = error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        # Python names no path with "No space left on device".
-        raise OSError(reason.errno, reason.strerror, path) from None
+        raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
 
 def plain_state(model):
     """The state_dict, with the parameters themselves and without what torch.compile puts before
@@ -1266,14 +1244,10 @@ def plain_state(model):
 
 def summary(state):
     """Names, shapes, and which weights are tied to the embedding. -> {(name, shape, tied), ...}"""
-    embedding = state.get("embedding.weight", torch.empty(0))
-    found = set()
-    for name, weight in state.items():
-        shape = getattr(weight, "shape", None)          # a quantised part has more than tensors
-        # With assign=True, load_state_dict makes a parameter of each name, with the same memory.
-        tied = weight is embedding or (shape == embedding.shape and weight.is_set_to(embedding))
-        found.add((name, shape, tied))
-    return found
+    embedding = state.get("embedding.weight")
+    # A quantised part has more than tensors, and so no shape.
+    return {(name, getattr(weight, "shape", None), weight is embedding)
+            for name, weight in state.items()}
 
 def save(path, model, tokenizer=None, length_penalty=None):
     """Writes the model, and all it takes to translate with it, to one file, atomically.
@@ -1284,9 +1258,6 @@ def save(path, model, tokenizer=None, length_penalty=None):
     """
     if length_penalty is None:
         length_penalty = model.length_penalty
-    merges = None
-    if tokenizer is not None:
-        merges = torch.tensor(tokenizer.merges, dtype=torch.int32).view(-1, 2)
     weights = plain_state(model)
     with torch.device("meta"):          # without memory: only names, shapes and ties count
         expected = plain_state(Transformer(model.config))
@@ -1297,12 +1268,12 @@ def save(path, model, tokenizer=None, length_penalty=None):
 
     # One piece of memory is written once, so tied weights take no more room.
     weights = {name: weight.detach() for name, weight in weights.items()}
-    write_atomically(path, {"format": FORMAT, "config": vars(model.config), "model": weights,
-                            "merges": merges, "length_penalty": float(length_penalty)})
+    write_atomically(path, {"config": vars(model.config), "model": weights,
+                            "merges": tokenizer and tokenizer.merges,
+                            "length_penalty": float(length_penalty)})
 
 def read_checkpoint(path, mapped=False):
-    """What write_atomically wrote, if every bit is still right. Raises ValueError, in one line, or
-    MemoryError.
+    """What write_atomically wrote, if every bit is still right. Raises ValueError, in one line.
 
     mapped: the tensors stay in the file and are read where they are used, so nothing compares their
     checksums.
@@ -1310,18 +1281,15 @@ def read_checkpoint(path, mapped=False):
     try:
         # torch.load compares no checksums, so a flipped bit would become a wrong weight.
         if not mapped:
-            with zipfile.ZipFile(os.fspath(path)) as archive:
+            with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:      # strange bytes raise many types, and all mean the same
-        # But so does a lack of memory, Python's or torch's.
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise MemoryError(str(error)) from None
-        raise ValueError(f"expected the path of a whole checkpoint: {path} is not a checkpoint, "
-                         "or it is damaged") from None
+    except Exception as error:          # strange bytes raise many types
+        raise ValueError(f"expected the path of a whole checkpoint, but {path} can't be read as "
+                         f"one ({type(error).__name__})") from None
 
 def load(path, device="cpu"):
     """Reads what `save` wrote. -> (model in eval mode, tokenizer or None)
@@ -1331,18 +1299,14 @@ def load(path, device="cpu"):
     """
     checkpoint = read_checkpoint(path)
     try:
-        if checkpoint["format"] != FORMAT:
-            raise ValueError("another format")
         config = Config(**checkpoint["config"])
         with torch.device("meta"):      # sizes from a file that may be hostile take no memory
             model = Transformer(config)
         model.load_state_dict(checkpoint["model"], assign=True)
-        if config.tied_output:
-            model.output.weight = model.embedding.weight
         model.length_penalty = checkpoint.get("length_penalty", 0.6)
         tokenizer = None
         if checkpoint["merges"] is not None:
-            tokenizer = Tokenizer(checkpoint["merges"].tolist())
+            tokenizer = Tokenizer(checkpoint["merges"])
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         # torch lists the weights that differ over many lines: the first ones tell enough.
         reason = textwrap.shorten(str(error), 300)
@@ -1520,14 +1484,6 @@ class PackedLinear(nn.Module):
         y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y.to(self.out_dtype)
 
-    def get_extra_state(self, memo=None):
-        """state_dict() calls this, and so does copy.deepcopy. Packed weights can be part of
-        neither."""
-        raise ValueError("packed weights can't be saved or packed again: "
-                         "use the model that for_inference made this copy of")
-
-    __deepcopy__ = get_extra_state
-
 # For each dtype of for_inference, that of the numbers which flow from one product to the next.
 BETWEEN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 
@@ -1536,8 +1492,8 @@ def for_inference(model, dtype="auto"):
 
     dtype: "float32", "bfloat16", "int8" or "auto", else ValueError. "auto" is bfloat16 where the
     hardware has it, and float32 elsewhere; "int8" means "auto" where has_int8 says no.
-    On a CPU the weights may be packed. Such a copy can't be trained, `save` refuses it, and so does
-    this function, with ValueError: copy the model itself again.
+    On a CPU the weights may be packed. Such a copy can't be trained, copied or saved: use the model
+    itself for that.
     """
     device = model.embedding.weight.device
     if dtype == "auto" or (dtype == "int8" and not has_int8(device)):
@@ -1573,15 +1529,80 @@ def cuda_graph(call, inputs, pool=None):
     Returns the graph, whose replay() computes the same again from what the inputs hold then, and
     the result, which is in the same place each time.
     """
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(2):              # what libraries set up at their first calls is not recorded
-            call(*inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = call(*inputs)
+    with torch.cuda.device(inputs[0].device):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(2):          # what libraries set up at their first calls is not recorded
+                call(*inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = call(*inputs)
     return graph, result
+
+class StaticCache(Cache):
+    """A cache for a GPU. A step of a search is hundreds of small kernels, and Python takes longer
+    to launch them than the GPU to compute them. So a step is recorded once, as a CUDA graph, and
+    then launched as a whole.
+
+    A graph computes with the same shapes, at the same places in memory. So here the keys have their
+    full length from the start, the mask says which of them count, and the position is a tensor.
+    """
+
+    def __init__(self, model, memory, src, n_beams, max_len):
+        super().__init__(model, memory, src, n_beams, max_len)
+        self.position_tensor = torch.zeros(1, dtype=torch.int64, device=src.device)
+        self.columns = torch.arange(-n_beams, 0, device=src.device)     # of the newest keys
+        self.may_record = src.is_cuda
+        self.graph = None
+
+    def open_position(self):
+        super().open_position()
+        self.mask = self.visible[:, None]                           # (B, 1, N, n_keys)
+        self.position = self.position_tensor.fill_(self.position)
+        self.columns += self.n_beams
+
+    def append(self, i, k, v):
+        all_k, all_v = self.self_kv[i]
+        return all_k.index_copy_(2, self.columns, k), all_v.index_copy_(2, self.columns, v)
+
+    def should_select(self, n_done, n):
+        """On a GPU few sentences take as long as many, and a new graph takes as long as a step."""
+        return 2 * n_done >= n and n - n_done >= 64
+
+    def select(self, rows):
+        super().select(rows)
+        self.graph = None               # its shapes are the old ones
+
+    def step(self, model, newest):
+        if not self.may_record:
+            return super().step(model, newest)
+        self.open_position()
+        if self.graph is None:
+            return self.record(model, newest)
+        self.ids.copy_(newest)
+        self.graph.replay()
+        return self.log_probs
+
+    def record(self, model, newest):
+        """A step without a graph, and the graph for the next ones, if it computes the same."""
+        expected = next_log_probs(model, newest, self)
+        self.ids = newest.clone()
+        call = partial(next_log_probs, model, cache=self)
+        try:
+            self.graph, self.log_probs = cuda_graph(call, [self.ids])
+            self.graph.replay()
+            error = (self.log_probs - expected).abs().where(expected > -20, 0.0).max().item()
+            if not error <= 0.05:       # it may be NaN
+                raise RuntimeError(f"its log-probabilities differ by {error}")
+        except RuntimeError as error:
+            warnings.warn(f"the search goes on without a CUDA graph: {error}", stacklevel=2)
+            self.may_record = False
+        return expected
+
+def cache_for(device):
+    """The kind of cache with which beam_search is the fastest on that device."""
+    return StaticCache if device.type == "cuda" else Cache
 
 # ---- Translation: text in, text out ----------------------------------------------
 
@@ -1590,28 +1611,27 @@ def longest_source(model, max_src):
     learned = model.config.learned_positions or math.inf
     return min(max_src, learned - 1)
 
-def translate(model, tokenizer, lines, beam_size=4, length_penalty=None, batch_tokens=25_000,
-              n_best=1, max_src=1024, progress=None):
+def translate(model, tokenizer, lines, beam_size=4, length_penalty=None, batch_tokens=0, n_best=1,
+              max_src=1024):
     """Translations of an iterable of strings, in order: [[(text, score), ...n_best], ...].
 
-    An empty line stays empty. White space is made regular first (see clean). Line breaks in a
-    translation become spaces. Sources are cut after max_src ids, since the time of attention grows
-    with the square of the length.
+    An empty line stays empty. White space is made regular, in lines and translations (see clean).
+    Sources are cut after max_src ids, since the time of attention grows with the square of the
+    length.
     length_penalty: None is the model's own.
     batch_tokens: ids that the sentences of a batch may need together: their sources, and for each
-        hypothesis of the beam a target of the greatest length, source length + 50.
-    progress: a function called after each batch with the number of lines translated so far.
-    Raises TypeError for a string in place of lines, and ValueError if the tokenizer gives the id
-    PAD to a word.
+        hypothesis of the beam a target of the greatest length, source length + 50. 0: 25,000, or on
+        a GPU 250,000, and half as many whenever its memory is too small.
+    Raises TypeError for a string in place of lines.
     """
+    device = model.embedding.weight.device
     if length_penalty is None:
         length_penalty = model.length_penalty
+    if batch_tokens == 0:
+        batch_tokens = 250_000 if device.type == "cuda" else 25_000
     max_src = longest_source(model, max_src)
     lines = [clean(line) for line in as_list(lines)]
     sources = {i: tokenizer.encode(line)[:max_src] + [EOS] for i, line in enumerate(lines) if line}
-    for i, ids in sources.items():
-        if PAD in ids:                  # the model would take it for the end of the sentence
-            raise ValueError(f"expected no id {PAD} for a word, got one in {lines[i]!r}")
     results = [[("", 0.0)] * n_best for _ in lines]
 
     # Sentences of like length share a batch, so there is little padding. The longest go first: if
@@ -1621,36 +1641,35 @@ def translate(model, tokenizer, lines, beam_size=4, length_penalty=None, batch_t
         length = len(sources[order[0]])
         n = max(1, batch_tokens // (length + beam_size * (length + 50)))
         batch = order[:n]
+        src = torch.tensor([sources[i] + [PAD] * (length - len(sources[i])) for i in batch])
+        try:
+            ids, scores = beam_search(model, src.to(device), beam_size, length_penalty,
+                                      n_best=n_best, make_cache=cache_for(device))
+        except torch.OutOfMemoryError:
+            if n == 1:
+                raise
+            batch_tokens //= 2
+            warnings.warn(f"out of memory: going on with batch_tokens={batch_tokens}", stacklevel=2)
+            continue
         order = order[n:]
-        padded = [sources[i] + [PAD] * (length - len(sources[i])) for i in batch]
-        src = torch.tensor(padded, device=model.embedding.weight.device)
-        ids, scores = beam_search(model, src, beam_size, length_penalty, n_best=n_best)
         ids = ids.view(len(batch), n_best, -1).tolist()
         scores = scores.view(len(batch), n_best).tolist()
         for i, rows, values in zip(batch, ids, scores, strict=True):
             results[i] = []
             for row, value in zip(rows, values, strict=True):
-                known = [i for i in row if i < len(tokenizer)]      # a model may have more ids
-                text = " ".join(tokenizer.decode(known).splitlines())
-                results[i].append((text, value))
-        if progress is not None:
-            progress(len(results) - len(order))
+                results[i].append((clean(tokenizer.decode(row)), value))
     return results
 
 # ---- Where the model looks --------------------------------------------------------
 
-def weights_of(attn, x, seen=None, mask=None, causal=False):
-    """The weights of the attention that attn.forward computes from the same arguments."""
+def note_weights(maps, attn, x, seen=None, mask=None, causal=False):
+    """Adds to the list the weights of what attn.forward computes from the same arguments."""
     if seen is None:
         seen = attn.keys_values(x)
     if causal:
         mask = causal_mask(x.size(1), x.device)
     q = attn.split_heads(attn.q(x))
-    return attention_weights(q, seen[0], mask)
-
-def note_weights(maps, attn, args, options):
-    """A hook that runs before an attention: adds its weights to the list `maps`."""
-    maps.append(weights_of(attn, *args, **options))
+    maps.append(attention_weights(q, seen[0], mask))
 
 @torch.no_grad()
 def attention_maps(model, src, tgt_in):
@@ -1666,7 +1685,10 @@ def attention_maps(model, src, tgt_in):
         for name, part in model.named_modules():
             if isinstance(part, MultiHeadAttention):
                 kind = "cross" if "cross" in name else name.split(".")[0]
-                hook = partial(note_weights, maps[kind])
+
+                def hook(attn, args, options, layers=maps[kind]):
+                    note_weights(layers, attn, *args, **options)
+
                 hooks.enter_context(part.register_forward_pre_hook(hook, with_kwargs=True))
         model(src, tgt_in)
     return {name: torch.stack(layers) for name, layers in maps.items()}
@@ -1688,7 +1710,6 @@ def draw_attention(model, tokenizer, source, target, max_src=1024):
     """
     src = tokenizer.encode(clean(source))[:longest_source(model, max_src)] + [EOS]
     tgt = tokenizer.encode(target) + [EOS]
-    tgt = tgt[:model.config.learned_positions or None]
     device = model.embedding.weight.device
     src_row = torch.tensor([src], device=device)
     tgt_in_row = torch.tensor([[BOS] + tgt[:-1]], device=device)
@@ -1719,50 +1740,51 @@ def check(condition, claim):
         raise AssertionError(f"this does not hold: {claim}")
     print(f"  {claim}")
 
+@torch.no_grad()
+def show(model, src, tgt_in):
+    """One forward pass: the shapes, and the claims of this file about masks, batches and cache."""
+    attn = model.encoder[0].self_attn
+    x = model.embed(src, model.src_embedding, model.learned_src)
+    show_shape("embedded and placed", x)
+    q = attn.split_heads(attn.q(x))
+    k, _ = attn.keys_values(x)
+    show_shape("queries, keys and values, for each head", q)
+    mask = source_mask(src)
+    show_shape("mask: which keys are words", mask)
+    weights = attention_weights(q, k, mask)
+    show_shape("attention weights: query by key", weights)
+    memory = model.encode(src)
+    show_shape("memory: the encoder's output", memory)
+    show_shape("states: the decoder's output", model.decode(tgt_in, memory, src))
+    logits = model(src, tgt_in)
+    show_shape("logits: a score for every word", logits)
+
+    print("\nChecked:")
+    sums_to_1 = torch.allclose(weights.sum(-1), torch.ones(()))
+    padding = weights[1, :, :, 3:]
+    check(sums_to_1 and not padding.any(), "weights sum to 1, and padding gets none")
+    changed_in = tgt_in.clone()
+    changed_in[:, 3] = 10
+    differs = (model(src, changed_in) != logits).any(-1).any(0)     # (T,)
+    from_there = [False] * 3 + [True] * 3
+    check(differs.tolist() == from_there, "no prediction depends on a later target word")
+    alone = model(src[1:, :3], tgt_in[1:, :4])
+    same_alone = torch.allclose(alone, logits[1:, :4], atol=1e-5)
+    check(same_alone, "a sentence gets the same logits alone and in a batch")
+    found, _ = beam_search(model, src, beam_size=1)
+    check(torch.equal(greedy(model, src), found), "the cache changes nothing but the time")
+
 def tour():
-    """A small model, step by step, with every claim checked (see check)."""
+    """A small model, step by step, with every claim checked."""
     torch.manual_seed(0)
     config = Config(vocab_size=11, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2,
                     n_decoder_layers=2, dropout=0.0)
     model = Transformer(config).eval()
     src = torch.tensor([[3, 4, 5, 6, 7, EOS], [8, 9, EOS, PAD, PAD, PAD]])
     tgt = torch.tensor([[BOS, 7, 6, 5, 4, 3, EOS], [BOS, 9, 8, EOS, PAD, PAD, PAD]])
-    tgt_in = tgt[:, :-1]
 
     print("The shapes, for 2 sentences of up to 6 ids on either side, D = 32, 4 heads, 11 words")
-    with torch.no_grad():
-        attn = model.encoder[0].self_attn
-        x = model.embed(src, model.src_embedding, model.learned_src)
-        show_shape("embedded and placed", x)
-        q = attn.split_heads(attn.q(x))
-        k, v = attn.keys_values(x)
-        show_shape("queries, keys and values, for each head", q)
-        mask = source_mask(src)
-        show_shape("mask: which keys are words", mask)
-        weights = attention_weights(q, k, mask)
-        show_shape("attention weights: query by key", weights)
-        memory = model.encode(src)
-        show_shape("memory: the encoder's output", memory)
-        show_shape("states: the decoder's output", model.decode(tgt_in, memory, src))
-        logits = model(src, tgt_in)
-        show_shape("logits: a score for every word", logits)
-
-        print("\nChecked:")
-        sums_to_1 = torch.allclose(weights.sum(-1), torch.ones(()))
-        padding = weights[1, :, :, 3:]
-        check(sums_to_1 and not padding.any(), "weights sum to 1, and padding gets none")
-        changed_in = tgt_in.clone()
-        changed_in[:, 3] = 10
-        changed = model(src, changed_in)
-        same_before = torch.equal(changed[:, :3], logits[:, :3])
-        differs = not torch.equal(changed, logits)
-        check(same_before and differs, "no prediction depends on a later target word")
-        alone = model(src[1:, :3], tgt_in[1:, :4])
-        same_alone = torch.allclose(alone, logits[1:, :4], atol=1e-5)
-        check(same_alone, "a sentence gets the same logits alone and in a batch")
-        found, _ = beam_search(model, src, beam_size=1)
-        check(torch.equal(greedy(model, src), found), "the cache changes nothing but the time")
-
+    show(model, src, tgt[:, :-1])
     print("\nLearning this batch by heart: every target is its source in reverse")
     learn_by_heart(model, src, tgt)
     written = greedy(model, src)
@@ -1785,9 +1807,8 @@ def settings_of(names):
 def show_help(path):
     """Prints the docstring and the settings of the script at path, as they stand there."""
     with open(path, encoding="utf-8") as file:
-        text = file.read()
-    about = text.split('"""')[1]
-    names = re.split("\n# ---- (?:end of )?settings.*\n", text)[1]
+        _, about, rest = file.read().split('"""', 2)
+    names = re.split("\n# ---- (?:end of )?settings.*\n", rest)[1]
     sys.stdout.reconfigure(errors="replace")    # an old Windows console has no arrows
     print(about.strip(), names, sep="\n\n")
 
@@ -1827,7 +1848,7 @@ checkpoint = ""             # a model.pt that train.py wrote; "": the tour
 beam_size = 4               # hypotheses kept for each sentence; 1 is greedy
 length_penalty = -1.0       # its alpha: larger, longer translations; -1: the checkpoint's own
 n_best = 1                  # translations for each line; above 1: line from 0, score, text, tabs
-batch_tokens = 25_000       # ids in work at a time: sources, and all targets at their longest
+batch_tokens = 0            # ids in work at a time, targets at their longest; 0: see translate
 max_src = 1024              # source ids after which a line is cut
 show_attention = False      # True draws each translation's attention map under it
 reference = ""              # a file of right translations, to print the BLEU at the end; "": none
@@ -1837,69 +1858,31 @@ dtype = "auto"              # float32, bfloat16, int8 (fastest on a CPU); auto: 
 # ---- end of settings --------------------------------------------------------
 settings = settings_of(globals())
 
-LONGEST_LINE = 1 << 20      # bytes of a line that are kept
-
-def line_text(line):
-    """The text of a line of bytes. What is not UTF-8 becomes U+FFFD, a byte-order mark goes."""
-    return line.rstrip(b"\r\n").decode("utf-8", "replace").removeprefix("\ufeff")
-
-def read_block(stream):
-    """The next bytes of a raw stream. One that does not block gives None while it has nothing."""
-    while (block := stream.read(1 << 19)) is None:
-        select.select([stream], [], [])
-    return block
+LONGEST_LINE = 1 << 20      # bytes, or a little more, after which a line is cut
 
 def read_windows(stream):
-    """Yields lists of lines from a raw binary stream: each list is what one read brings.
+    """Yields lists of lines from a binary stream: each list is what one read brings.
 
     A file comes in large blocks, and a pipe as it is written, so an endless input is translated as
-    it comes. Only \\n ends a line. A line ends at LONGEST_LINE: so a file of one endless line takes
-    little memory.
+    it comes. Only \\n ends a line. What is not UTF-8 becomes U+FFFD, a byte-order mark goes.
     """
-    rest = bytearray()                  # the beginning of a line whose end has not come yet
-    while block := read_block(stream):
-        *lines, tail = block.split(b"\n")
-        if lines:
-            lines[0] = bytes(rest) + lines[0]
-            yield [line_text(line[:LONGEST_LINE]) for line in lines]
-            rest.clear()
-        rest += tail[:LONGEST_LINE - len(rest)]
+    rest = b""                          # the beginning of a line whose end has not come yet
+    while block := stream.read1(1 << 19):
+        *lines, rest = (rest + block).split(b"\n")
+        rest = rest[:LONGEST_LINE]      # a file of one endless line takes little memory
+        yield [line.decode("utf-8-sig", "replace") for line in lines]
     if rest:
-        yield [line_text(rest)]
+        yield [rest.decode("utf-8-sig", "replace")]
 
 def check_settings():
-    if batch_tokens < 1 or max_src < 1:
-        fail("expected batch_tokens and max_src of at least 1")
+    if batch_tokens < 0 or max_src < 1:
+        fail("expected batch_tokens of at least 0, and max_src of at least 1")
     if not 1 <= n_best <= beam_size:
         fail("expected 1 <= n_best <= beam_size")
     if length_penalty != -1 and not 0 <= length_penalty <= 10:
         fail("expected length_penalty of -1, or from 0 to 10")
-    if dtype not in ("auto", *BETWEEN):
-        fail(f"--dtype must be float32, bfloat16, int8 or auto, got {dtype!r}")
     if bleu_tokenize not in BLEU_WORDS:
         fail(f"--bleu_tokenize must be 13a, none or char, got {bleu_tokenize!r}")
-
-def load_to_translate():
-    """The model and the tokenizer that the settings name, ready for this machine."""
-    try:
-        model, tokenizer = load(checkpoint, find_device(device))
-        model = for_inference(model, dtype)
-    except ValueError as error:
-        fail(str(error))
-    if tokenizer is None:
-        fail(f"{checkpoint} holds no tokenizer: its model was trained on ids, not on text")
-    if dtype == "int8" and not has_int8(model.embedding.weight.device):
-        print("this device has no products in int8: translating as with --dtype=auto",
-              file=sys.stderr)
-    return model, tokenizer
-
-def read_references():
-    """The lines of the file that the setting names."""
-    try:
-        with open(reference, "rb", buffering=0) as file:
-            return sum(read_windows(file), [])
-    except (OSError, ValueError) as error:      # ValueError: the name can't be one of a file
-        fail(f"cannot read --reference={reference}: {error}")
 
 def compare_lengths(n_lines, references):
     if n_lines != len(references):
@@ -1907,16 +1890,9 @@ def compare_lengths(n_lines, references):
 
 def warn_of_cuts(model, tokenizer, lines, n_before):
     longest = longest_source(model, max_src)
-    reason = "--max_src"
-    if longest < max_src:
-        reason = "all positions it has learned"
     for number, line in enumerate(lines, n_before + 1):
         if len(tokenizer.encode(line)) > longest:
-            print(f"line {number} is cut after {longest} ids ({reason})", file=sys.stderr)
-
-def show_progress(n_before, n_done):
-    # The next message starts at the same place, and so takes the place of this one.
-    print(f"{n_before + n_done} lines translated", end="\r", file=sys.stderr, flush=True)
+            print(f"line {number} is cut after {longest} ids", file=sys.stderr)
 
 def print_best(number, line, best, model, tokenizer):
     """The translations of one line: the text alone, or with n_best > 1 a table."""
@@ -1928,13 +1904,22 @@ def print_best(number, line, best, model, tokenizer):
 def translate_stdin():
     """Standard input to standard output, line by line, so that whoever stops it has whole lines."""
     check_settings()
-    windows = read_windows(sys.stdin.buffer.raw)
+    if hasattr(os, "set_blocking"):     # a parent may leave an input that does not wait for more
+        os.set_blocking(sys.stdin.fileno(), True)
+    windows = read_windows(sys.stdin.buffer)
     if reference:
-        references = read_references()
+        with open(reference, "rb") as file:
+            references = sum(read_windows(file), [])
         if sys.stdin.seekable():        # a file: a mistake shows before the work
             windows = list(windows)
             compare_lengths(sum(map(len, windows)), references)
-    model, tokenizer = load_to_translate()
+    try:
+        model, tokenizer = load(checkpoint, find_device(device))
+        model = for_inference(model, dtype)
+    except ValueError as error:
+        fail(str(error))
+    if tokenizer is None:
+        fail(f"{checkpoint} holds no tokenizer: its model was trained on ids, not on text")
     if length_penalty >= 0:
         model.length_penalty = length_penalty
     torch.backends.cuda.enable_cudnn_sdp(False)     # it makes a new plan for the shape of each step
@@ -1945,16 +1930,12 @@ def translate_stdin():
     for window in windows:
         lines = [clean(line) for line in window]
         warn_of_cuts(model, tokenizer, lines, n_lines)
-        progress = None
-        if sys.stderr.isatty() and not sys.stdout.isatty():
-            progress = partial(show_progress, n_lines)
-        results = translate(model, tokenizer, lines, beam_size, None, batch_tokens, n_best,
-                            max_src, progress)
+        results = translate(model, tokenizer, lines, beam_size, None, batch_tokens, n_best, max_src)
         for number, (line, best) in enumerate(zip(lines, results, strict=True), n_lines):
             print_best(number, line, best, model, tokenizer)
+            if reference:
+                hypotheses.append(best[0][0])
         n_lines += len(lines)
-        if reference:
-            hypotheses += [best[0][0] for best in results]
 
     if reference:
         compare_lengths(n_lines, references)
@@ -1974,12 +1955,6 @@ def main():
             fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except MemoryError:
-        fail("out of memory")
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        fail(f"out of memory: lower --batch_tokens={batch_tokens} or --beam_size={beam_size}")
 
 if __name__ == "__main__":
     globals().update(override(settings, sys.argv[1:], __file__))
