@@ -1710,7 +1710,7 @@ def test_the_translator_scores_what_it_writes(tokenize, translated, tmp_path):
     path.write_text("one\n")
     result = translated(*lines, reference=path)
     assert "the input has 4 lines" in one_line_error(result)
-    assert result.stdout == ""                      # the input is a file: this shows before the work
+    assert result.stdout == ""                      # of a file this shows before the work
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
