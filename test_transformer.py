@@ -1005,8 +1005,7 @@ class StandIn:
     def replay(self):
         result_times, gradient_times = self.times
         for _ in range(gradient_times):
-            result = self.call()
-        self.result.copy_(result_times * result)
+            self.result.copy_(result_times * self.call())
 
     def pool(self):
         return "the pool"
@@ -1026,42 +1025,33 @@ def put_in_place(monkeypatch, times):
 
     monkeypatch.setattr(train, "cuda_graph", cuda_graph)
     monkeypatch.setattr(transformer, "cuda_graph", cuda_graph)
+    monkeypatch.setattr(transformer.StaticCache, "may_record", True)
     monkeypatch.setattr(StandIn, "made", 0)
 
 
 class EagerStatic(transformer.StaticCache):
-    """One that makes a graph on a CPU, too, and lets sentences go as soon as they have finished."""
-
-    records = True
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.may_record = self.records
+    """One that lets sentences go as soon as they have finished."""
 
     def should_select(self, n_done, n):
         return n_done > 0
 
 
-class Static(EagerStatic):
-    records = False
-
-
 @pytest.mark.parametrize("beam", [1, 3])
 @pytest.mark.parametrize("changes", CHANGES)
-def test_a_search_with_a_static_cache_is_the_search_without(beam, changes, stand_in):
+def test_a_search_with_a_static_cache_is_the_search_without(beam, changes, stand_in, monkeypatch):
     model = small(**changes)
     src = random_batch(12)
     want, want_scores = beam_search(model, src, beam, n_best=beam)
-    stand_in((1, 1))
-    for make_cache in (transformer.StaticCache, Static, EagerStatic):
-        assert StandIn.made == 0
+    for make_cache, is_cuda in itertools.product((transformer.StaticCache, EagerStatic), (0, 1)):
+        stand_in((1, 1))
+        monkeypatch.setattr(torch.Tensor, "is_cuda", bool(is_cuda))
         ids, scores = beam_search(model, src, beam, n_best=beam, make_cache=make_cache)
         assert torch.equal(ids, want)
         close(scores, want_scores, 1e-4)
-    assert StandIn.made > 0                             # a new one after each select
-    for times in ((1.1, 1), (math.nan, 1)):
+        assert (StandIn.made > 0) == is_cuda
+    for times in ((1.1, 1), (math.nan, 1), (1, 0)):     # the last one's replay does nothing
         stand_in(times)
-        with pytest.warns(UserWarning, match="without a CUDA graph: its log-probabilities differ"):
+        with pytest.warns(UserWarning, match="without CUDA graphs .* log-probabilities differ"):
             ids, _ = beam_search(model, src, beam, n_best=beam, make_cache=EagerStatic)
         assert torch.equal(ids, want)
         assert StandIn.made == 1
@@ -1652,7 +1642,8 @@ def test_where_memory_is_too_small_batches_are_halved(monkeypatch):
     with pytest.warns(UserWarning, match="out of memory: going on with batch_tokens="):
         results = transformer.translate(small(), Tokenizer([]), ["a"] * 100)
     assert len(results) == 100
-    assert sum(n for n in sizes if n <= most) == 100 and max(sizes) == 100
+    assert sizes[:4] == [100, 50, 25, 25]
+    assert sum(n for n in sizes if n <= most) == 100
     most = 0
     with raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
         transformer.translate(small(), Tokenizer([]), ["a"] * 100)
@@ -1661,6 +1652,9 @@ def test_where_memory_is_too_small_batches_are_halved(monkeypatch):
 def test_an_attention_map_is_no_wider_than_its_source(toy):
     drawn = transformer.draw_attention(*transformer.load(toy), "a little text", "a", max_src=2)
     assert max(map(len, drawn.split("\n"))) <= 17 + 2 * 3
+    model = small(vocab_size=259, learned_positions=5)
+    drawn = transformer.draw_attention(model, Tokenizer([]), "abcdefgh", "abcdefgh")
+    assert drawn.count("\n") == 4 + 4                  # four lines of letters, and five rows
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
@@ -2665,6 +2659,19 @@ def test_two_runs_in_one_folder(tmp_path, here, monkeypatch):
     assert time.sleep.call_count == 30
     first.kill()
     first.join()
+
+
+def test_clipping_shortens_long_gradients_alone_and_every_micro_batch_has_its_seed(
+        tmp_path, here, monkeypatch):
+    args = [*PLAIN, "--max_steps=4", "--accumulate=2", "--dropout=0.2"]
+    for clip in ("0", "1e8", "0.1"):
+        seeds = Mock(wraps=torch.manual_seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "manual_seed", seeds)
+            output(here("train.py", *args, f"--grad_clip={clip}", f"--out_dir={tmp_path}/{clip}"))
+        assert len(set(map(str, seeds.call_args_list))) == 1 + 4 * 2      # and that of the weights
+    assert differences(tmp_path / "0" / "model.pt", tmp_path / "1e8" / "model.pt") == []
+    assert differences(tmp_path / "0" / "model.pt", tmp_path / "0.1" / "model.pt") != []
 
 
 def test_bad_numbers_stop_the_run_before_anything_is_written(tmp_path, here):

@@ -6,8 +6,9 @@ https://arxiv.org/abs/1706.03762) in one file.
     python transformer.py           # a guided tour that checks itself, in seconds
     python transformer.py --checkpoint=out/model.pt < in.txt > out.txt  # translate, line by line
 
-Read it from top to bottom: what a function or a class uses is defined above it. This is Figure 1,
-with the names of this file. Data flows upwards; the names are explained where they come:
+Read it from top to bottom: what a function or a class uses is defined above it, and where it can't
+be, the comment says "below". This is Figure 1, with the names of this file. Data flows upwards; the
+names are explained where they come:
 
                                                    logits (B, T, V)
                                                       ↑  output: the embedding matrix, transposed
@@ -101,13 +102,15 @@ def sinusoids(positions, d_model):
 
     positions: (...) -> (..., D), float32
 
-    The layers see a sentence as a set of words, without an order. Without this, "dog bites man" and
-    "man bites dog" would be the same to them. So each word's vector gets its position added.
+    The encoder's layers see a sentence as a set of words, without an order. Without this, "dog
+    bites man" and "man bites dog" would be the same to them. (To the decoder's, masks tell a little
+    of the order.) So each word's vector gets its position added.
 
     Each pair of columns, a sine and a cosine, is a clock hand with its own speed. To move by n
     positions turns each hand by a fixed angle, wherever one starts. Such a turn is a matrix
-    product. So a layer can learn a matrix that turns the hands back by n positions, and find the
-    word n places before each word. And a formula can be computed for any length.
+    product. So a layer can learn a matrix that turns the hands back by n positions. As a query (see
+    attention, below) the turned hands resemble most the key of the word n places before. And a
+    formula can be computed for any length.
     """
     two_i = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32)
     frequency = torch.exp(two_i * (-math.log(10000.0) / d_model))   # (D/2,) = 10000^(-2i/D)
@@ -380,9 +383,9 @@ def source_mask(src):
 
     src: (B, S) ids -> (B, 1, 1, S), which broadcasts over heads and queries
 
-    A row of nothing but padding, an empty sentence, has no word to look at, and `attention` needs a
-    key for each query. So in such a row all is visible. That does no harm: what its queries read is
-    padding, of which `Transformer.encode` makes zeros.
+    A row of nothing but padding has no word to look at, as where a caller fills up a batch with
+    empty rows. But `attention` needs a key for each query. So in such a row all is visible. Its
+    layers then compute something without a meaning, and `encode` replaces all of it by zeros.
     """
     is_word = src != PAD                                            # (B, S)
     empty = ~is_word.any(-1, keepdim=True)                          # (B, 1)
@@ -403,7 +406,8 @@ class Transformer(nn.Module):
         in all (Table 3 says 65)                               63.05
 
     Attention has four D·D matrices, and the ffn two D·d_ff ones. Each layer's biases and norms are
-    counted too, though they are few. The output is the embedding again and adds none.
+    counted too, though they are few. The output is the embedding again and adds none. The paper
+    says "about 37000" words; with 41,100 there would be 65 million.
     """
 
     def __init__(self, config):
@@ -415,6 +419,7 @@ class Transformer(nn.Module):
         # logits. Words with similar vectors then also get similar scores, each word learns from all
         # three uses, and the model is a third smaller. Both languages need the same vocabulary.
         # These are three parts, and tie_weights(), below, gives them the same matrix.
+        # (from_pretrained: an embedding of a given matrix, so that no second one is made first.)
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.src_embedding = nn.Embedding.from_pretrained(self.embedding.weight, freeze=False)
         if config.src_vocab_size:
@@ -426,8 +431,8 @@ class Transformer(nn.Module):
         if config.learned_positions:
             self.learned_src = nn.Embedding(config.learned_positions, D)
             self.learned_tgt = nn.Embedding(config.learned_positions, D)
-        # Two modules, for a dropout in their place that keeps a seed of its own: a single one that
-        # is called twice would drop the same places on both sides.
+        # nn.Dropout draws anew at each call, so one module would do for both sides. There are two
+        # so that each can be replaced by a dropout with a seed of its own.
         self.src_dropout = nn.Dropout(config.dropout)
         self.tgt_dropout = nn.Dropout(config.dropout)
 
@@ -716,7 +721,7 @@ class Cache:
             self.memory_mask = self.memory_mask[rows]
 
     def step(self, model, newest):
-        """One position more for all hypotheses: next_log_probs, below."""
+        """One position more for all hypotheses: next_log_probs, below. A subclass may be faster."""
         self.open_position()
         return next_log_probs(model, newest, self)
 
@@ -797,7 +802,7 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
     beam_size: N; with 1 this is greedy decoding. max_len and min_len count ids with EOS.
     max_len=None is the paper's limit: source length + 50 (see length_limits). But for roundings, a
     translation does not depend on the other sentences of the batch.
-    make_cache: Cache, or StaticCache (below), with which a GPU is faster.
+    make_cache: Cache, or a class with the same methods.
 
     Returns ids, (B, L) int64 without BOS, each row ending with EOS, then PAD, and float32 scores,
     (B,). With n_best > 1 both get an axis after the first, best first: (B, n_best, L) and (B,
@@ -837,8 +842,8 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             # one, EOS, ends a hypothesis. So at most N of the 2N end here, and N are left to go on.
             word_log_prob = cache.step(model, newest)               # (B, N, V)
             word_log_prob[..., :EOS] = -math.inf                # PAD and BOS are never proposed
-            # At its limit a sentence can only end. (Only learned_positions can set a limit below
-            # min_len. Then all limits are equal, so the `elif` need not look at the others.)
+            # At its limit a sentence can only end. A limit is at least min_len, so there EOS is
+            # allowed. (But learned_positions may set one below it: then it is that of all.)
             if length in stops:
                 at_limit = (limits == length)[:, None, None]        # (B, 1, 1)
                 word_log_prob[..., EOS + 1:].masked_fill_(at_limit, -math.inf)
@@ -885,8 +890,8 @@ def beam_search(model, src, beam_size=4, length_penalty=0.6, max_len=None, min_l
             if n_done == len(done):
                 break
 
-            # A finished sentence finds nothing more: with a log P of -inf it stays done, until
-            # enough have finished for the others to move together.
+            # A finished sentence finds nothing more: with a log P of -inf it stays done, and no
+            # score of it is better than what `best` holds. When enough have finished, they leave.
             log_prob.masked_fill_(done[:, None], -math.inf)
             if cache.should_select(n_done, len(done)):
                 left = (~done).nonzero().squeeze(1)             # numbers of the rows that go on
@@ -940,7 +945,7 @@ import warnings
 import zipfile
 from collections import Counter, defaultdict
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby, pairwise
 
 # ---- §5.1 Text: byte-level byte-pair encoding, shared by both languages -------
@@ -1087,6 +1092,7 @@ class Tokenizer:
             fresh = set()
             for i in where.pop(pair):
                 words[i] = merge(words[i], pair, new)
+                # "x a b y" is "x new y" now: (x, a) became (x, new), and (b, y) became (new, y).
                 for left, right in pairwise(words[i]):
                     if new in (left, right):
                         old = (b if left == new else left, a if right == new else right)
@@ -1300,7 +1306,7 @@ def load(path, device="cpu"):
     checkpoint = read_checkpoint(path)
     try:
         config = Config(**checkpoint["config"])
-        with torch.device("meta"):      # sizes from a file that may be hostile take no memory
+        with torch.device("meta"):      # weights take no memory before their sizes are compared
             model = Transformer(config)
         model.load_state_dict(checkpoint["model"], assign=True)
         model.length_penalty = checkpoint.get("length_penalty", 0.6)
@@ -1513,7 +1519,7 @@ def for_inference(model, dtype="auto"):
                    if type(part) is nn.Linear
                    and not part._forward_hooks and not part._forward_pre_hooks}
         # A CPU is slow with many small products in bfloat16, so attention itself, between its
-        # projections, is in float32. That needs all of them, since they must have one dtype.
+        # projections, is in float32: if all three are packed, for q, k and v must have one dtype.
         is_attention = isinstance(parent, MultiHeadAttention) and len(linears) == 3
         for name, linear in linears.items():
             out_dtype = between
@@ -1522,23 +1528,31 @@ def for_inference(model, dtype="auto"):
             setattr(parent, name, PackedLinear(linear, dtype == "int8", out_dtype))
     return fast
 
-def cuda_graph(call, inputs, pool=None):
-    """Records what call(*inputs) launches on a GPU, without computing it.
+@lru_cache
+def side_stream(device):
+    """The stream of that GPU on which graphs are recorded. (Each stream has a workspace of its own,
+    which stays: so there is one.)"""
+    return torch.cuda.Stream(device)
 
-    inputs: tensors. pool: of another graph that is never replayed at the same time: graph.pool()
+def cuda_graph(call, inputs, pool=None):
+    """Records what call(*inputs) launches on a GPU. Raises RuntimeError if that can't be recorded.
+
+    inputs: tensors. pool: graph.pool() of another graph, whose result is no longer needed when this
+    one is replayed.
     Returns the graph, whose replay() computes the same again from what the inputs hold then, and
-    the result, which is in the same place each time.
+    the result, a tensor that is in the same place each time. Before the first replay it is NaN.
     """
-    with torch.cuda.device(inputs[0].device):
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(2):          # what libraries set up at their first calls is not recorded
-                call(*inputs)
-        torch.cuda.synchronize()
+    device = inputs[0].device
+    stream = side_stream(device)
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(stream):
+        for _ in range(2):              # what libraries set up at their first calls is not recorded
+            call(*inputs)
+        torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             result = call(*inputs)
-    return graph, result
+    return graph, result.fill_(math.nan)
 
 class StaticCache(Cache):
     """A cache for a GPU. A step of a search is hundreds of small kernels, and Python takes longer
@@ -1549,17 +1563,18 @@ class StaticCache(Cache):
     full length from the start, the mask says which of them count, and the position is a tensor.
     """
 
+    may_record = True                   # until a graph has failed
+
     def __init__(self, model, memory, src, n_beams, max_len):
         super().__init__(model, memory, src, n_beams, max_len)
         self.position_tensor = torch.zeros(1, dtype=torch.int64, device=src.device)
         self.columns = torch.arange(-n_beams, 0, device=src.device)     # of the newest keys
-        self.may_record = src.is_cuda
         self.graph = None
 
     def open_position(self):
         super().open_position()
         self.mask = self.visible[:, None]                           # (B, 1, N, n_keys)
-        self.position = self.position_tensor.fill_(self.position)
+        self.position = self.position_tensor.fill_(self.length - 1)
         self.columns += self.n_beams
 
     def append(self, i, k, v):
@@ -1567,7 +1582,7 @@ class StaticCache(Cache):
         return all_k.index_copy_(2, self.columns, k), all_v.index_copy_(2, self.columns, v)
 
     def should_select(self, n_done, n):
-        """On a GPU few sentences take as long as many, and a new graph takes as long as a step."""
+        """On a GPU few sentences take as long as many, and a new graph as long as several steps."""
         return 2 * n_done >= n and n - n_done >= 64
 
     def select(self, rows):
@@ -1575,7 +1590,7 @@ class StaticCache(Cache):
         self.graph = None               # its shapes are the old ones
 
     def step(self, model, newest):
-        if not self.may_record:
+        if not (newest.is_cuda and StaticCache.may_record):
             return super().step(model, newest)
         self.open_position()
         if self.graph is None:
@@ -1592,12 +1607,15 @@ class StaticCache(Cache):
         try:
             self.graph, self.log_probs = cuda_graph(call, [self.ids])
             self.graph.replay()
+            # Both run the same kernels. What is less probable than e^-20 need not be the same.
             error = (self.log_probs - expected).abs().where(expected > -20, 0.0).max().item()
             if not error <= 0.05:       # it may be NaN
                 raise RuntimeError(f"its log-probabilities differ by {error}")
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            warnings.warn(f"the search goes on without a CUDA graph: {error}", stacklevel=2)
-            self.may_record = False
+            warnings.warn(f"searching without CUDA graphs from now on: {error}", stacklevel=2)
+            StaticCache.may_record = False
         return expected
 
 def cache_for(device):
@@ -1639,19 +1657,19 @@ def translate(model, tokenizer, lines, beam_size=4, length_penalty=None, batch_t
     order = sorted(sources, key=lambda i: -len(sources[i]))
     while order:
         length = len(sources[order[0]])
-        n = max(1, batch_tokens // (length + beam_size * (length + 50)))
-        batch = order[:n]
+        need = length + beam_size * (length + 50)       # of each, as it is filled up
+        batch = order[:max(1, batch_tokens // need)]
         src = torch.tensor([sources[i] + [PAD] * (length - len(sources[i])) for i in batch])
         try:
             ids, scores = beam_search(model, src.to(device), beam_size, length_penalty,
                                       n_best=n_best, make_cache=cache_for(device))
         except torch.OutOfMemoryError:
-            if n == 1:
+            if len(batch) == 1:
                 raise
-            batch_tokens //= 2
+            batch_tokens = need * (len(batch) // 2)
             warnings.warn(f"out of memory: going on with batch_tokens={batch_tokens}", stacklevel=2)
             continue
-        order = order[n:]
+        order = order[len(batch):]
         ids = ids.view(len(batch), n_best, -1).tolist()
         scores = scores.view(len(batch), n_best).tolist()
         for i, rows, values in zip(batch, ids, scores, strict=True):
@@ -1710,6 +1728,7 @@ def draw_attention(model, tokenizer, source, target, max_src=1024):
     """
     src = tokenizer.encode(clean(source))[:longest_source(model, max_src)] + [EOS]
     tgt = tokenizer.encode(target) + [EOS]
+    tgt = tgt[:model.config.learned_positions or None]
     device = model.embedding.weight.device
     src_row = torch.tensor([src], device=device)
     tgt_in_row = torch.tensor([[BOS] + tgt[:-1]], device=device)
@@ -1858,7 +1877,7 @@ dtype = "auto"              # float32, bfloat16, int8 (fastest on a CPU); auto: 
 # ---- end of settings --------------------------------------------------------
 settings = settings_of(globals())
 
-LONGEST_LINE = 1 << 20      # bytes, or a little more, after which a line is cut
+LONGEST_LINE = 1 << 20      # bytes of a line that are kept, or a little more
 
 def read_windows(stream):
     """Yields lists of lines from a binary stream: each list is what one read brings.
@@ -1904,7 +1923,7 @@ def print_best(number, line, best, model, tokenizer):
 def translate_stdin():
     """Standard input to standard output, line by line, so that whoever stops it has whole lines."""
     check_settings()
-    if hasattr(os, "set_blocking"):     # a parent may leave an input that does not wait for more
+    if os.name == "posix":              # a parent may leave an input that does not wait for more
         os.set_blocking(sys.stdin.fileno(), True)
     windows = read_windows(sys.stdin.buffer)
     if reference:
