@@ -54,7 +54,18 @@ import bench
 import train
 import transformer
 from transformer import (
-    BASE, BIG, BOS, EOS, PAD, Config, Tokenizer, Transformer, attention, beam_search, for_inference)
+    BASE,
+    BIG,
+    BOS,
+    EOS,
+    PAD,
+    Config,
+    Tokenizer,
+    Transformer,
+    attention,
+    beam_search,
+    for_inference,
+)
 
 # Under nohup a hangup is ignored, and in the background Ctrl-C. train.py leaves that so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -76,7 +87,7 @@ KILLS = int(os.environ.get("KILLS", "1"))
 
 @pytest.fixture(autouse=True)
 def seeded():
-    print(f"SEED={SEED}")       # pytest shows it when a test fails
+    print(f"SEED={SEED}")  # pytest shows it when a test fails
     torch.manual_seed(SEED)
     random.seed(SEED)
 
@@ -164,10 +175,11 @@ def text_of(name):
     return Path(HERE, name).read_text(encoding="utf-8")
 
 
-def run(*argv, **options):
+def run(command, *more, **options):
     """Runs Python with these arguments. -> the ended process, with what it wrote as text"""
+    argv = [sys.executable, *command.split(), *more]
     options = dict(cwd=HERE, capture_output=True, text=True, timeout=600) | options
-    return subprocess.run([sys.executable, *argv], check=False, **options)
+    return subprocess.run(argv, check=False, **options)
 
 
 def output(result):
@@ -207,24 +219,25 @@ def input_of(data):
 
 @pytest.fixture
 def here(monkeypatch, capfd):
-    """Runs a script in this process, which has imported torch already. -> as from `run`"""
+    """Runs a command in this process, which has imported torch already. -> as from `run`"""
     return partial(run_here, monkeypatch, capfd)
 
 
-def run_here(monkeypatch, capfd, script, *args, data=b""):
+def run_here(monkeypatch, capfd, command, data=b""):
+    argv = command.split()
     capfd.readouterr()
     kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {kind: signal.getsignal(kind) for kind in kinds}
     with monkeypatch.context() as patch, input_of(data) as stdin:
         patch.setattr(sys, "stdin", stdin)
-        patch.setattr(sys, "argv", [script, *args])
-        code = run_main(script)
+        patch.setattr(sys, "argv", argv)
+        code = run_main(argv[0])
     # A handler of the script's holds all of its globals, and among them its lock on a folder.
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
     gc.collect()
     out, error = capfd.readouterr()
-    return subprocess.CompletedProcess(args, code, out, error)
+    return subprocess.CompletedProcess(argv, code, out, error)
 
 
 @pytest.fixture
@@ -259,8 +272,11 @@ def early(request, tmp_path_factory):
     """The name of such a function -> the future of what it returns."""
     tests = " ".join(item.name for item in request.session.items)
     with ThreadPoolExecutor(1) as pool:
-        yield {name: pool.submit(job, tmp_path_factory.mktemp(name))
-               for name, job in EARLY.items() if name in tests}
+        yield {
+            name: pool.submit(job, tmp_path_factory.mktemp(name))
+            for name, job in EARLY.items()
+            if name in tests
+        }
 
 
 # Importing torch takes seconds. So one process does it, and all the others are forked from that.
@@ -275,33 +291,38 @@ def agent():
     return torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
 
-def start_ranks(n, *args, said=os.devnull, before=None):
+def start_ranks(n, settings, said=os.devnull, before=None):
     """Starts a run of train.py in n processes, as torchrun would. Each calls `before` first. What
     they print is added to the file `said`. -> the processes"""
-    env = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "localhost",
-           "MASTER_PORT": str(agent().port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-           "TORCHELASTIC_RESTART_COUNT": str(next(RUNS))}
+    env = {
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(agent().port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(next(RUNS)),
+    }
     ranks = []
     for rank in range(n):
-        ranks.append(FORKS.Process(target=run_rank, args=(rank, env, said, before, args)))
+        ranks.append(FORKS.Process(target=run_rank, args=(rank, env, said, before, settings)))
         ranks[-1].start()
     return ranks
 
 
-def run_rank(rank, env, said, before, args):
+def run_rank(rank, env, said, before, settings):
     os.environ.update(env | {"RANK": str(rank)})
     with open(said, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if before:
         before()
-    sys.argv = ["train.py", *args]
+    sys.argv = ["train.py", *settings.split()]
     sys.exit(run_main("train.py"))
 
 
-def processes(n, *args, status=0, **options):
+def processes(n, settings, status=0, **options):
     """A run of train.py in n processes, all of which end with this exit status."""
-    ranks = start_ranks(n, *args, **options)
+    ranks = start_ranks(n, settings, **options)
     for process in ranks:
         process.join(100)
     assert [process.exitcode for process in ranks] == [status] * n
@@ -338,9 +359,11 @@ def raise_signals(*kinds):
 RUN_FILES = ["data.pt", "last.pt", "lock", "log.jsonl", "model.pt"]
 WORDS = "red green blue one two three cat dog bird runs sits flies"
 # Every number of these is computed on a CPU in float32: no two kinds of machine differ.
-PLAIN = ["--device=cpu", "--dtype=float32", "--compile=False", "--log_interval=1",
-         "--d_model=32", "--d_ff=32", "--n_encoder_layers=1", "--n_decoder_layers=1"]
-STILL = ["--learning_rate=1e-30", "--muon=1e-30"]       # rates that move no weight
+PLAIN = (
+    "--device=cpu --dtype=float32 --compile=False --log_interval=1 --d_model=32 --d_ff=32 "
+    "--n_encoder_layers=1 --n_decoder_layers=1"
+)
+STILL = "--learning_rate=1e-30 --muon=1e-30"  # rates that move no weight
 
 
 def last_of(folder):
@@ -350,8 +373,11 @@ def last_of(folder):
 
 def files_of(folder):
     """{name: (content, time of the last change)} of what a run has written."""
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in folder.iterdir() if path.name != "lock"}
+    return {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.iterdir()
+        if path.name != "lock"
+    }
 
 
 def left_in(folder):
@@ -400,24 +426,20 @@ def same_run(a, b):
         assert differences(a / name, b / name) == []
 
 
-def write_text(folder, n=60, red="RED"):
+def write_text(folder, n=60, red="RED", prefix=""):
     """Sentences of random words, and the same words in capitals. -> settings that name them"""
     folder.mkdir()
     rows = [random.choices(WORDS.split(), k=random.randrange(2, 9)) for _ in range(n)]
     text = "\n".join(" ".join(row) for row in rows)
     (folder / "src").write_text(text)
     (folder / "tgt").write_text(text.upper().replace("RED", red))
-    return named(folder)
-
-
-def named(folder, prefix=""):
-    return [f"--{prefix}src={folder}/src", f"--{prefix}tgt={folder}/tgt"]
+    return f" --{prefix}src={folder}/src --{prefix}tgt={folder}/tgt"
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A checkpoint with a tokenizer and random weights."""
-    torch.manual_seed(SEED)     # a module's fixture comes before `seeded`
+    torch.manual_seed(SEED)  # a module's fixture comes before `seeded`
     tokenizer = Tokenizer.train(["a little text to learn from, a little more text"] * 3, 300)
     path = str(tmp_path_factory.mktemp("toy") / "model.pt")
     transformer.save(path, Transformer(Config(len(tokenizer), 16, 2, 16, 1, 1)), tokenizer)
@@ -430,9 +452,9 @@ def translated(toy, here):
     return partial(translate_lines, toy, here)
 
 
-def translate_lines(toy, here, *lines, **settings):
-    args = [f"--{name}={value}" for name, value in ({"checkpoint": toy} | settings).items()]
-    return here("transformer.py", *args, data="".join(line + "\n" for line in lines).encode())
+def translate_lines(toy, here, *lines, settings=""):
+    data = "".join(line + "\n" for line in lines).encode()
+    return here(f"transformer.py --checkpoint={toy} {settings}", data)
 
 
 @pytest.fixture
@@ -456,11 +478,18 @@ def n_parameters(config):
 
 
 # Changes of the base model, and the millions of parameters that Table 3 gives.
-TABLE_3 = {"--n_heads=1": 65, "--n_heads=32": 65, "--d_model=256": 28, "--d_model=1024": 168,
-           "--d_ff=1024": 53, "--d_ff=4096": 90, "--dropout=0": 65,
-           "--n_encoder_layers=2 --n_decoder_layers=2": 36,
-           "--n_encoder_layers=4 --n_decoder_layers=4": 50,
-           "--n_encoder_layers=8 --n_decoder_layers=8": 80}
+TABLE_3 = {
+    "--n_heads=1": 65,
+    "--n_heads=32": 65,
+    "--d_model=256": 28,
+    "--d_model=1024": 168,
+    "--d_ff=1024": 53,
+    "--d_ff=4096": 90,
+    "--dropout=0": 65,
+    "--n_encoder_layers=2 --n_decoder_layers=2": 36,
+    "--n_encoder_layers=4 --n_decoder_layers=4": 50,
+    "--n_encoder_layers=8 --n_decoder_layers=8": 80,
+}
 
 
 def test_parameter_counts_of_table_3():
@@ -474,7 +503,7 @@ def test_parameter_counts_of_table_3():
     for changes, millions in TABLE_3.items():
         given = transformer.override(vars(base), changes.split(), "")
         assert round(n_parameters(replace(base, **given)) / 1e6) == millions, changes
-    learned = n_parameters(replace(base, learned_positions=512))    # row (E)
+    learned = n_parameters(replace(base, learned_positions=512))  # row (E)
     assert learned - n_parameters(base) == 2 * 512 * 512
 
 
@@ -483,7 +512,7 @@ def test_defaults_are_the_papers(model):
     assert vars(BIG) == vars(Config(37000, 1024, 16, 4096, 6, 6, 0.3, False))
     assert isinstance(model.encoder_norm, nn.Identity)
     assert isinstance(model.decoder_norm, nn.Identity)
-    assert model.output.weight is model.src_embedding.weight is model.embedding.weight   # tied
+    assert model.output.weight is model.src_embedding.weight is model.embedding.weight  # tied
     names = dict(model.named_parameters())
     assert not [name for name in names if "attn" in name and name.endswith("bias")]
 
@@ -537,12 +566,12 @@ def slow_attention(query, keys, values, mask):
     return sum(weight * value for weight, value in terms) / sum(weights)
 
 
-@pytest.mark.parametrize("T, S", [(5, 7), (600, 600)])     # 600: long enough for the fused kernel
+@pytest.mark.parametrize("T, S", [(5, 7), (600, 600)])  # 600: long enough for the fused kernel
 def test_attention_is_its_definition(T, S):
     q = torch.randn(2, 3, T, 4, requires_grad=True)
     k, v = torch.randn(2, 2, 3, S, 4)
     mask = torch.rand(2, 1, 1, S) < 0.7
-    mask[..., 0] = True                                     # every query has a key
+    mask[..., 0] = True  # every query has a key
     got = attention(q, k, v, mask)
     for b, h, t in itertools.product(range(2), range(3), range(5)):
         want = slow_attention(q[b, h, t].tolist(), k[b, h].tolist(), v[b, h], mask[b, 0, 0])
@@ -561,20 +590,20 @@ def test_attention_is_its_definition(T, S):
 def test_a_query_without_any_key_gets_zeros_from_the_definition():
     q, k, v = torch.randn(3, 2, 3, 5, 4).requires_grad_().unbind()
     mask = torch.ones(2, 1, 5, 5).tril().bool()
-    mask[1, ..., :2] = False                                # with causality, two queries see none
+    mask[1, ..., :2] = False  # with causality, two queries see none
     got = transformer.attention_by_definition(q, k, v, mask)
     assert not got[1, :, :2].any()
     assert got[1, :, 2:].all()
-    grad, = torch.autograd.grad(got.sum(), q)
+    (grad,) = torch.autograd.grad(got.sum(), q)
     assert grad.isfinite().all()
     assert not grad[1, :, :2].any()
 
 
 def test_float64_keeps_its_digits_and_float16_does_not_overflow():
     q, k, v = torch.randn(3, 1, 2, 3, 4, dtype=torch.float64).requires_grad_().unbind()
-    mask = torch.ones(3, 3).tril(-1).bool()                 # the first query sees nothing
+    mask = torch.ones(3, 3).tril(-1).bool()  # the first query sees nothing
     assert torch.autograd.gradcheck(partial(attention, mask=mask), (q, k, v))
-    large = torch.full((1, 2, 64), 40.0, dtype=torch.float16)       # 40 · 40 · 64 is too much
+    large = torch.full((1, 2, 64), 40.0, dtype=torch.float16)  # 40 · 40 · 64 is too much
     assert transformer.attention_weights(large, large).eq(0.5).all()
 
 
@@ -584,7 +613,7 @@ def test_all_padding_gives_zeros_never_nan(norm_first):
     src, tgt = random_batch(3), random_batch(3)
     src[1] = PAD
     tgt[2] = PAD
-    assert transformer.source_mask(src)[1].all()            # a kernel needs a key for each query
+    assert transformer.source_mask(src)[1].all()  # a kernel needs a key for each query
     assert not model.encode(src)[1].any()
     logits = model(src, tgt)
     assert logits.isfinite().all()
@@ -598,14 +627,20 @@ def test_all_padding_gives_zeros_never_nan(norm_first):
 
 def torch_module(**changes):
     """PyTorch's own Transformer with the sizes of SMALL."""
-    sizes = dict(d_model=16, nhead=4, num_encoder_layers=2, num_decoder_layers=2,
-                 dim_feedforward=24, batch_first=True)
+    sizes = dict(
+        d_model=16,
+        nhead=4,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        dim_feedforward=24,
+        batch_first=True,
+    )
     return nn.Transformer(**sizes | changes)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("final_norms", [False, True])     # post-norm stacks of PyTorch's have them
+@pytest.mark.parametrize("final_norms", [False, True])  # post-norm stacks of PyTorch's have them
 def test_every_layer_computes_what_pytorch_computes(norm_first, bias, final_norms, src, tgt):
     module = torch_module(num_decoder_layers=3, dropout=0.0, bias=bias, norm_first=norm_first)
     if not norm_first and not final_norms:
@@ -620,8 +655,11 @@ def test_every_layer_computes_what_pytorch_computes(norm_first, bias, final_norm
     assert model.config.attention_bias == bias
 
     real = tgt != PAD
-    masks = dict(tgt_mask=torch.ones(9, 9).triu(1).bool(),  # there, True means "may not look"
-                 src_key_padding_mask=src == PAD, memory_key_padding_mask=src == PAD)
+    masks = dict(
+        tgt_mask=torch.ones(9, 9).triu(1).bool(),  # there, True means "may not look"
+        src_key_padding_mask=src == PAD,
+        memory_key_padding_mask=src == PAD,
+    )
     embedded = [model.embed(ids, model.embedding, None) for ids in (src, tgt)]
     for reference in (module, model.to_torch()):
         states = reference(*embedded, **masks)
@@ -631,10 +669,15 @@ def test_every_layer_computes_what_pytorch_computes(norm_first, bias, final_norm
 
 
 # What is wrong with a module, and what the error says.
-MISFITS = {"nhead": (2, "n_heads.*4.*got .2"), "num_decoder_layers": (3, "decoder.2"),
-           "norm_first": (False, "norm_first.*True.*got .4, False"),
-           "activation": ("gelu", "ReLU.*got .*False.$"), "d_model": (32, "mismatch.*attn.q"),
-           "dim_feedforward": (32, "mismatch.*ffn.w1"), "layer_norm_eps": (1e-3, "eps")}
+MISFITS = {
+    "nhead": (2, "n_heads.*4.*got .2"),
+    "num_decoder_layers": (3, "decoder.2"),
+    "norm_first": (False, "norm_first.*True.*got .4, False"),
+    "activation": ("gelu", "ReLU.*got .*False.$"),
+    "d_model": (32, "mismatch.*attn.q"),
+    "dim_feedforward": (32, "mismatch.*ffn.w1"),
+    "layer_norm_eps": (1e-3, "eps"),
+}
 STRANGE_PARTS = {
     "linear2": (nn.Sequential(), "decoder.1.ffn.w2"),
     "norm1": (nn.LayerNorm(16, elementwise_affine=False), "decoder.1.add_norm1"),
@@ -714,7 +757,7 @@ def test_log_probs_and_maps(model, src, tgt):
     assert not maps["cross"].masked_select((src == PAD)[None, :, None, None, :]).any()
     assert not maps["decoder"].triu(1).any()
     wrapped = compiled(model)
-    wrapped(src, tgt)                                       # compiled before the hooks come
+    wrapped(src, tgt)  # compiled before the hooks come
     again = transformer.attention_maps(wrapped, src, tgt)
     for name in maps:
         close(again[name], maps[name])
@@ -726,7 +769,7 @@ def test_a_model_from_the_meta_device_starts_like_any_other():
         model = Transformer(fresh.config)
     model.to_empty(device="cpu")
     for weight in model.parameters():
-        nn.init.constant_(weight, math.nan)                 # to_empty may leave anything
+        nn.init.constant_(weight, math.nan)  # to_empty may leave anything
     for each in (model, fresh):
         torch.manual_seed(SEED)
         each.init_weights()
@@ -743,7 +786,7 @@ def test_weights_stay_tied_and_a_call_with_others_changes_nothing(model, src, tg
     more = {name: weight + 1 for name, weight in model.state_dict().items()}
     model.load_state_dict(more, assign=True)
     assert model.output.weight is model.src_embedding.weight is model.embedding.weight
-    close(other, model(src, tgt))                           # all three uses saw the new matrix
+    close(other, model(src, tgt))  # all three uses saw the new matrix
 
 
 def shard_layers(path):
@@ -774,7 +817,7 @@ def test_layers_can_be_sharded_one_by_one(tmp_path):
 def test_a_model_can_be_exported_and_compiled(model, src, tgt):
     lengths = ({1: torch.export.Dim("S", max=1024)}, {1: torch.export.Dim("T", max=1024)})
     exported = torch.export.export(model, (src, tgt), dynamic_shapes=lengths).module()
-    for n in (3, 1024):                                     # few weights, and too many for a CPU
+    for n in (3, 1024):  # few weights, and too many for a CPU
         ids = random_batch(longest=n)
         close(exported(ids, ids), model(ids, ids), atol=1e-4)
     whole = torch.compile(model, backend="eager", fullgraph=True)
@@ -837,7 +880,7 @@ def test_greedy_and_a_beam_of_one_are_the_slow_greedy(changes, max_len, src):
     assert torch.equal(ids, transformer.greedy(model, src, max_len))
     for padded, row, score in zip(src, ids.tolist(), scores, strict=True):
         source = unpadded(padded)
-        limit = max_len or len(source) + 50                 # each sentence has a limit of its own
+        limit = max_len or len(source) + 50  # each sentence has a limit of its own
         want = slow_greedy(model, source, min(limit, changes.get("learned_positions", 99)))
         assert row == want + [PAD] * (len(row) - len(want))
         assert score.item() == approx(slow_score(model, source, want, 0.6), abs=1e-3)
@@ -865,7 +908,7 @@ def slow_beam(model, source, N, alpha, limit):
         candidates = []
         for total, ids in live:
             logp = next_logits(model, source, ids).log_softmax(-1).tolist()
-            last = len(logp) if n < limit else EOS + 1      # at the limit only EOS may follow
+            last = len(logp) if n < limit else EOS + 1  # at the limit only EOS may follow
             candidates += [(total + logp[t], [*ids, t]) for t in range(EOS, last)]
         candidates.sort(reverse=True)
         for total, ids in candidates[:N]:
@@ -910,19 +953,21 @@ def test_translations_have_the_lengths_and_the_form_promised(beam, low, high, sr
     for row in ids.tolist():
         n = row.index(EOS) + 1
         assert low <= n <= high
-        assert not {PAD, BOS, EOS} & {*row[:n - 1]}
+        assert not {PAD, BOS, EOS} & {*row[: n - 1]}
         assert not any(row[n:])
 
 
-BAD_SIZES = [("n_best <= beam_size", "beam_size=0"),
-             ("n_best <= beam_size", "beam_size=2 n_best=3"),
-             ("at least 1 and at least min_len", "max_len=0"),
-             ("at least 1 and at least min_len", "max_len=3 min_len=4")]
+BAD_SIZES = [
+    ("n_best <= beam_size", "beam_size=0"),
+    ("n_best <= beam_size", "beam_size=2 n_best=3"),
+    ("at least 1 and at least min_len", "max_len=0"),
+    ("at least 1 and at least min_len", "max_len=3 min_len=4"),
+]
 
 
 def test_decoding_limits(model, src):
     ids, scores = beam_search(model, src, 4, n_best=4, max_len=1)
-    assert scores[:, 0].isfinite().all()                    # one hypothesis exists: EOS
+    assert scores[:, 0].isfinite().all()  # one hypothesis exists: EOS
     assert (scores[:, 1:] == -math.inf).all()
     assert not ids[:, 1:].any()
     assert len(beam_search(model, src[:0])[0]) == 0
@@ -934,17 +979,17 @@ def test_decoding_limits(model, src):
 
 def test_decoding_leaves_the_callers_things_alone(src):
     model = small(dropout=0.5).train()
-    model.decoder[0].eval()                                 # frozen by the caller, on purpose
+    model.decoder[0].eval()  # frozen by the caller, on purpose
     modes = [part.training for part in model.modules()]
     state = torch.get_rng_state()
     ids, _ = beam_search(model, src, 3, max_len=5)
     transformer.greedy(model, src, 5)
     transformer.attention_maps(model, src, src)
     with raises(IndexError):
-        beam_search(model, src + 1000)                      # the embedding has no such ids
+        beam_search(model, src + 1000)  # the embedding has no such ids
     assert [part.training for part in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
-    model(src, ids).sum().backward()                        # no tensor of inference mode gets out
+    model(src, ids).sum().backward()  # no tensor of inference mode gets out
 
 
 def test_the_picture_of_two_beams_is_what_the_cache_does(model):
@@ -953,7 +998,7 @@ def test_the_picture_of_two_beams_is_what_the_cache_does(model):
     src = torch.tensor([[3, 4, EOS]])
     cache = transformer.Cache(model, model.encode(src), src, 2, 4)
     cache.open_position()
-    cache.reorder(torch.tensor([[0, 0]]))               # at first, beam_search has only beam 0
+    cache.reorder(torch.tensor([[0, 0]]))  # at first, beam_search has only beam 0
     cache.open_position()
     cache.open_position()
     assert cache.visible[0, :, :6].int().tolist() == rows[:2]
@@ -969,7 +1014,7 @@ def test_the_step_by_hand_is_what_beam_search_does(model, monkeypatch):
     steps = torch.full((3, 1, 2, 13), -99.0)
     for beam, (log_prob, words, sums) in enumerate(rows):
         values = torch.tensor([float(word) for word in words.split()])
-        assert values.exp().sum() < 1                       # some words are not shown
+        assert values.exp().sum() < 1  # some words are not shown
         steps[0, 0, 0, [a, the][beam]] = float(log_prob)
         steps[1, 0, beam, [cat, dog, EOS]] = values
         close(values + float(log_prob), torch.tensor([float(each) for each in sums.split()]))
@@ -1049,7 +1094,7 @@ def test_a_search_with_a_static_cache_is_the_search_without(beam, changes, stand
         assert torch.equal(ids, want)
         close(scores, want_scores, 1e-4)
         assert (StandIn.made > 0) == is_cuda
-    for times in ((1.1, 1), (math.nan, 1), (1, 0)):     # the last one's replay does nothing
+    for times in ((1.1, 1), (math.nan, 1), (1, 0)):  # the last one's replay does nothing
         stand_in(times)
         with pytest.warns(UserWarning, match="without CUDA graphs .* log-probabilities differ"):
             ids, _ = beam_search(model, src, beam, n_best=beam, make_cache=EagerStatic)
@@ -1104,20 +1149,25 @@ def test_a_search_waits_once_a_position(make_cache, model, src, monkeypatch):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_loop_waits_for_no_gpu_between_its_lines(
-        accumulate, tmp_path, here, monkeypatch, reads):
+    accumulate, tmp_path, here, monkeypatch, reads
+):
     """A run of ten more steps reads not one more number."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(transformer, "beam_search", lambda model, src, **_: (src, None))
-    seldom = ["--log_interval=999", "--eval_interval=999", "--checkpoint_interval=999"]
+    seldom = "--log_interval=999 --eval_interval=999 --checkpoint_interval=999"
     counts = []
     for n in (5, 15):
         with Reads() as run_of_n:
-            args = [*PLAIN, *seldom, f"--max_steps={n}", f"--out_dir={tmp_path}/{n}"]
-            output(here("train.py", *args, "--dropout=0.1", f"--accumulate={accumulate}"))
+            output(
+                here(
+                    f"train.py {PLAIN} {seldom} --max_steps={n} --out_dir={tmp_path}/{n} "
+                    f"--dropout=0.1 --accumulate={accumulate}"
+                )
+            )
         counts.append((run_of_n.n, Counter(reads)))
         reads.clear()
     assert counts[0] == counts[1]
-    assert counts[0][1]["item"] > 0                     # those of the last step are counted
+    assert counts[0][1]["item"] > 0  # those of the last step are counted
 
 
 # ---- copies for inference --------------------------------------------------------
@@ -1182,8 +1232,17 @@ def test_an_inference_copy_needs_no_special_operators(has_mkldnn, adapted, src, 
 # ---- text ------------------------------------------------------------------------
 
 POOLS = [
-    "abc ", " \t\r\n  ", "äöüßéÅ", "日本語", "😀👩‍👩‍👧", "e\u0301\u0300", "0123.,-!?'\"",
-    "\x00\x7f\u2028\u0085\ufeff\ud800", "<s></s><pad>", "हिन्दीမြန်မာ", "ภาษาไทยที่นี่",
+    "abc ",
+    " \t\r\n  ",
+    "äöüßéÅ",
+    "日本語",
+    "😀👩‍👩‍👧",
+    "e\u0301\u0300",
+    "0123.,-!?'\"",
+    "\x00\x7f\u2028\u0085\ufeff\ud800",
+    "<s></s><pad>",
+    "हिन्दीမြန်မာ",
+    "ภาษาไทยที่นี่",
     "葛\U000e0100字\u20dd",
 ]
 
@@ -1204,7 +1263,7 @@ def test_any_string_round_trips():
         assert max(map(len, Tokenizer.words(text)), default=0) <= 33
         assert all(3 <= i < len(tokenizer) for i in ids)
     assert tokenizer.decode([BOS, *tokenizer.encode("hi"), EOS, PAD]) == "hi"
-    assert "\ufffd" in tokenizer.decode([3 + 0xFF])         # a byte that no UTF-8 has
+    assert "\ufffd" in tokenizer.decode([3 + 0xFF])  # a byte that no UTF-8 has
     for bad in (-1, len(tokenizer)):
         with raises(ValueError, match="expected ids"):
             tokenizer.decode([bad])
@@ -1246,7 +1305,7 @@ def test_bpe_learns_what_the_slow_one_learns(letters):
     assert transformer.merge([1, 2, 1, 2, 1], (1, 2), 9) == [9, 9, 1]
     assert transformer.merge([1, 1, 1], (1, 1), 9) == [9, 1]
     words = ["".join(random.choices(letters, k=random.randrange(1, 9))) for _ in range(480)]
-    lines = [" ".join(words[i:i + 8]) for i in range(0, 480, 8)]
+    lines = [" ".join(words[i : i + 8]) for i in range(0, 480, 8)]
     tokenizer = Tokenizer.train(lines, 330)
     assert tokenizer.merges == slow_bpe(lines, 71)
     for line in lines[:10]:
@@ -1284,20 +1343,38 @@ def test_marks_belong_to_their_word_and_all_else_is_cut_as_ever():
 
 # Hypotheses, references, and the score as sacreBLEU 2.6.0 computes it.
 SACREBLEU = [
-    ("13a none", ["The cat sat on the mat.", "It costs $3.50, not 1,000!"],
-     ["The cat is on the mat.", "It cost $3.50 and not 1,000."], [28.76, 21.42]),
-    ("13a none", ["Ein Hund läuft über die Wiese , &quot;schnell&quot; .",
-                  "zwei 3-jährige Jungen (lachen)"],
-     ["Ein Hund läuft schnell über die Wiese.", "Zwei 3-jährige Jungen, lachen"], [27.57, 17.78]),
+    (
+        "13a none",
+        ["The cat sat on the mat.", "It costs $3.50, not 1,000!"],
+        ["The cat is on the mat.", "It cost $3.50 and not 1,000."],
+        [28.76, 21.42],
+    ),
+    (
+        "13a none",
+        ["Ein Hund läuft über die Wiese , &quot;schnell&quot; .", "zwei 3-jährige Jungen (lachen)"],
+        ["Ein Hund läuft schnell über die Wiese.", "Zwei 3-jährige Jungen, lachen"],
+        [27.57, 17.78],
+    ),
     ("13a none", ["a b c d e f g h"], ["a b x d e y g h"], [19.13, 19.13]),
-    ("13a", ["the the the the the the the", "Never seen words here"],
-     ["the cat is on the mat", "never Seen words Here today"], [6.06]),
+    (
+        "13a",
+        ["the the the the the the the", "Never seen words here"],
+        ["the cat is on the mat", "never Seen words Here today"],
+        [6.06],
+    ),
     ("13a", ["short"], ["a much longer reference than the hypothesis"], [0.0]),
-    ("13a none", ["Mr. O'Neil's e-mail: x@y.com -- 50% off; see p.3-4?", "同じ文です。テスト"],
-     ["Mr. O'Neil's e-mail: x@y.com - 50 % off, see p. 3-4?", "同じ文です。 テスト"],
-     [69.97, 22.77]),
-    ("none", ["", "one two three four five six"],
-     ["empty here", "one two three four five seven"], [54.44]),
+    (
+        "13a none",
+        ["Mr. O'Neil's e-mail: x@y.com -- 50% off; see p.3-4?", "同じ文です。テスト"],
+        ["Mr. O'Neil's e-mail: x@y.com - 50 % off, see p. 3-4?", "同じ文です。 テスト"],
+        [69.97, 22.77],
+    ),
+    (
+        "none",
+        ["", "one two three four five six"],
+        ["empty here", "one two three four five seven"],
+        [54.44],
+    ),
     ("char", ["今天天气很好"], ["今天天气真好，我们去公园吧"], [16.73]),
     ("char", ["他去了北京大学 读书。"], ["他去北京大学读书了。"], [61.48]),
     ("char", ["ab"], ["abc 1,000"], [0.0]),
@@ -1328,7 +1405,7 @@ def test_a_checkpoint_gives_back_what_was_saved(tmp_path, src, tgt):
     assert again.output.weight is again.embedding.weight
     assert not again.training
 
-    transformer.save(path, compiled(again))                 # no _orig_mod in names, and 1.4 still
+    transformer.save(path, compiled(again))  # no _orig_mod in names, and 1.4 still
     again, no_tokenizer = transformer.load(path)
     assert torch.equal(again.encoder[0].ffn.w1.weight, model.encoder[0].ffn.w1.weight)
     assert again.length_penalty == 1.4
@@ -1337,8 +1414,12 @@ def test_a_checkpoint_gives_back_what_was_saved(tmp_path, src, tgt):
 
 
 def test_an_old_checkpoint_loads(tmp_path, model, src, tgt):
-    state = dict(format="attention-is-all-you-need/1", config=SMALL, model=model.state_dict(),
-                 merges=torch.tensor([[100, 101], [35, 259]], dtype=torch.int32))
+    state = dict(
+        format="attention-is-all-you-need/1",
+        config=SMALL,
+        model=model.state_dict(),
+        merges=torch.tensor([[100, 101], [35, 259]], dtype=torch.int32),
+    )
     torch.save(state, tmp_path / "m.pt")
     again, tokenizer = transformer.load(tmp_path / "m.pt")
     assert torch.equal(again(src, tgt), model(src, tgt))
@@ -1367,12 +1448,16 @@ def quantize(model):
 
 
 # What load would refuse, or make another model of, and the weight or part that is named.
-STRANGE_WEIGHTS = {untie: "output.weight", resize: "embedding.weight",
-                   other_source: "src_embedding.weight", parametrize: "could not.*decoder.0.ffn.w1",
-                   quantize: "decoder.0"}
+STRANGE_WEIGHTS = {
+    untie: "output.weight",
+    resize: "embedding.weight",
+    other_source: "src_embedding.weight",
+    parametrize: "could not.*decoder.0.ffn.w1",
+    quantize: "decoder.0",
+}
 
 
-@pytest.mark.filterwarnings("ignore")           # torch plans to drop quantize_dynamic
+@pytest.mark.filterwarnings("ignore")  # torch plans to drop quantize_dynamic
 @pytest.mark.parametrize("change", STRANGE_WEIGHTS)
 def test_weights_that_load_would_not_give_back_are_not_saved(change, model, tmp_path):
     change(model)
@@ -1398,7 +1483,7 @@ def with_config(state, **changes):
 def test_what_is_no_checkpoint_is_refused_in_one_line_and_never_run(tmp_path):
     path = tmp_path / "m.pt"
     transformer.save(path, small(vocab_size=259), Tokenizer([]))
-    transformer.load(str(path))             # as it is, it loads: what follows makes the difference
+    transformer.load(str(path))  # as it is, it loads: what follows makes the difference
     data = path.read_bytes()
     state = torch.load(path, weights_only=True)
     ran = tmp_path / "ran"
@@ -1406,20 +1491,26 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_never_run(tmp_path):
     name = "decoder.1.ffn.w2.weight"
     lacking = {key: weight for key, weight in state["model"].items() if key != name}
     for content, word in [
-        (data[:len(data) // 2], "a whole checkpoint"), (b"", "a whole checkpoint"),
-        (b"hello", "a whole checkpoint"), (pickle.dumps(evil), "a whole checkpoint"),
-        (state | {"x": evil}, "a whole checkpoint"), ([1, 2], "what `save` writes"),
+        (data[: len(data) // 2], "a whole checkpoint"),
+        (b"", "a whole checkpoint"),
+        (b"hello", "a whole checkpoint"),
+        (pickle.dumps(evil), "a whole checkpoint"),
+        (state | {"x": evil}, "a whole checkpoint"),
+        ([1, 2], "what `save` writes"),
         (state["model"], "what `save` writes.*embedding.weight"),
-        (with_config(state, new_field=1), "new_field"), (with_config(state, d_ff=10**9), "d_ff|w1"),
-        (with_config(state, n_heads=3), "n_heads"), (state | {"merges": [[3, 900]]}, "save"),
-        (state | {"model": {}}, "Missing"), (state | {"model": lacking}, name),
+        (with_config(state, new_field=1), "new_field"),
+        (with_config(state, d_ff=10**9), "d_ff|w1"),
+        (with_config(state, n_heads=3), "n_heads"),
+        (state | {"merges": [[3, 900]]}, "save"),
+        (state | {"model": {}}, "Missing"),
+        (state | {"model": lacking}, name),
         (state | {"model": state["model"] | {name: torch.zeros(3)}}, name),
     ]:
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
             torch.save(content, path)
-        with raises(ValueError, match=f"^.*{re.escape(str(path))}.*$") as error:   # in one line
+        with raises(ValueError, match=f"^.*{re.escape(str(path))}.*$") as error:  # in one line
             transformer.load(str(path))
         assert re.search(word, str(error.value))
     assert not ran.exists()
@@ -1438,7 +1529,7 @@ def damaged(data):
         broken[at] ^= 1 << random.randrange(8)
     else:
         n = min(50, len(data) - at)
-        broken[at:at + n] = random.randbytes(n)
+        broken[at : at + n] = random.randbytes(n)
     return broken
 
 
@@ -1459,7 +1550,7 @@ def test_hard_checkpoints_load_or_give_one_line(tmp_path, toy):
             assert torch.equal(weight, want[name])
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])      # a full disk, a folder that went away
+@pytest.mark.parametrize("step", ["fsync", "replace"])  # a full disk, a folder that went away
 def test_a_failed_save_keeps_the_old_file(step, model, tmp_path, monkeypatch):
     path = str(tmp_path / "f")
     transformer.write_atomically(path, "old")
@@ -1490,7 +1581,7 @@ transformer.tour()
 
 
 def test_the_tour_finds_a_mask_that_is_none():
-    result = run("-O", "-c", BROKEN_TOUR)
+    result = run("-O -c", BROKEN_TOUR)
     assert result.returncode == 1
     assert "no prediction depends on a later target word" in result.stderr
     assert "All of it holds" not in result.stdout
@@ -1563,7 +1654,7 @@ def test_the_shape_of_the_house():
         imported |= {node.module for node in nodes(tree, ast.ImportFrom)}
         assert imported & {*IMPORTS, "test_transformer"} == allowed
         for function in nodes(tree, ast.FunctionDef):
-            if function.name not in ("make_work", "attention_maps"):    # a closure, and hooks
+            if function.name not in ("make_work", "attention_maps"):  # a closure, and hooks
                 assert nodes(function, ast.FunctionDef) == [function], function.name
         forbidden = r"(?<![\w.])(exec|eval|compile)\(|import pickle|weights_only=False"
         assert not re.search(forbidden, text_of(f"{name}.py")), name
@@ -1577,13 +1668,13 @@ def test_translating_keeps_lines_and_their_order(toy, translated):
     model, tokenizer = transformer.load(toy)
     want = [text for [(text, _)] in transformer.translate(model, tokenizer, lines)]
     assert want[1] == want[3] == ""
-    result = translated(*lines, batch_tokens=64, dtype="float32")
+    result = translated(*lines, settings="--batch_tokens=64 --dtype=float32")
     assert output(result).split("\n") == [*want, ""]
     assert result.stderr == ""
     assert output(translated()) == ""
-    best = output(translated("a", "b", n_best=3))
+    best = output(translated("a", "b", settings="--n_best=3"))
     assert [line.split("\t")[0] for line in best.splitlines()] == list("000111")
-    drawn = output(translated("a little text", show_attention=True))
+    drawn = output(translated("a little text", settings="--show_attention=True"))
     assert set(drawn) & set("░▒▓█")
     assert max(map(len, drawn.splitlines()[1:])) <= 80
 
@@ -1595,12 +1686,12 @@ def test_lines_are_read_as_promised():
     a, b, c, nothing, d = itertools.chain(*transformer.read_windows(stream))
     assert [a, b, nothing, d] == ["a\r", "b", "", "d\u2028e"]
     assert c[:2] == "\ufffdc"
-    assert long <= len(c) <= long + (1 << 19)           # an endless line takes little memory
+    assert long <= len(c) <= long + (1 << 19)  # an endless line takes little memory
 
 
 def test_the_translator_says_what_it_cuts(translated, tmp_path):
     try:
-        result = translated("a", "", "more text " * 9, "b", max_src=8)
+        result = translated("a", "", "more text " * 9, "b", settings="--max_src=8")
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
@@ -1608,7 +1699,8 @@ def test_the_translator_says_what_it_cuts(translated, tmp_path):
     assert result.stderr == "line 3 is cut after 8 ids\n"
     path = tmp_path / "m.pt"
     transformer.save(path, small(vocab_size=259, learned_positions=5), Tokenizer([]))
-    assert translated("abc", "abcd", checkpoint=path).stderr == "line 2 is cut after 4 ids\n"
+    result = translated("abc", "abcd", settings=f"--checkpoint={path}")
+    assert result.stderr == "line 2 is cut after 4 ids\n"
 
 
 def end_at_once(model, src, beam_size, length_penalty, n_best, make_cache):
@@ -1625,7 +1717,7 @@ def test_a_batch_is_what_it_may_need(beam, monkeypatch):
     assert sum(n for n, _ in shapes) == 3001
     needs = [n * (length + beam * (length + 50)) for n, length in shapes]
     assert max(needs) <= 25_000
-    assert min(needs[:-1]) > 25_000 - needs[0]              # not even one more line had room
+    assert min(needs[:-1]) > 25_000 - needs[0]  # not even one more line had room
 
 
 def test_where_memory_is_too_small_batches_are_halved(monkeypatch):
@@ -1654,7 +1746,7 @@ def test_an_attention_map_is_no_wider_than_its_source(toy):
     assert max(map(len, drawn.split("\n"))) <= 17 + 2 * 3
     model = small(vocab_size=259, learned_positions=5)
     drawn = transformer.draw_attention(model, Tokenizer([]), "abcdefgh", "abcdefgh")
-    assert drawn.count("\n") == 4 + 4                  # four lines of letters, and five rows
+    assert drawn.count("\n") == 4 + 4  # four lines of letters, and five rows
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
@@ -1664,10 +1756,10 @@ def test_translating_streams_whether_the_input_blocks_or_not(toy):
     command = [sys.executable, "transformer.py", f"--checkpoint={toy}"]
     process = subprocess.Popen(command, cwd=HERE, stdin=reader, stdout=subprocess.PIPE)
     os.close(reader)
-    for block in (b"one\ntw", b"o\nthree"):         # the answer comes while the input is open
+    for block in (b"one\ntw", b"o\nthree"):  # the answer comes while the input is open
         os.write(writer, block)
         assert process.stdout.readline().endswith(b"\n")
-        time.sleep(0.2)                             # it finds nothing to read meanwhile
+        time.sleep(0.2)  # it finds nothing to read meanwhile
     os.write(writer, b"\nno final newline, \xff\xfe")
     os.close(writer)
     assert process.stdout.read().count(b"\n") == 2
@@ -1683,8 +1775,8 @@ def test_stray_white_space_changes_no_translation_and_a_string_is_no_list(toy, t
     n = len(tokenizer.encode(line))
     drawn = transformer.draw_attention(model, tokenizer, line, "a")
     assert all(transformer.draw_attention(model, tokenizer, x, "a") == drawn for x in stray)
-    assert translated(*stray, max_src=n).stderr == ""
-    assert translated(*stray, max_src=n - 1).stderr.count("is cut") == 3
+    assert translated(*stray, settings=f"--max_src={n}").stderr == ""
+    assert translated(*stray, settings=f"--max_src={n - 1}").stderr.count("is cut") == 3
     with raises(TypeError, match="expected a list of lines, got the string 'a dog'"):
         transformer.translate(model, tokenizer, "a dog")
     for pair in (("a b", ["a b"]), (["a b"], "a b")):
@@ -1697,25 +1789,26 @@ def test_the_translator_scores_what_it_writes(tokenize, translated, tmp_path):
     lines = ["a little text", "", "more", "a little more"]
     path = tmp_path / "right"
     path.write_text("\n".join(lines))
-    result = translated(*lines, reference=path, bleu_tokenize=tokenize, n_best=2)
+    score_it = f"--reference={path} --bleu_tokenize={tokenize} --n_best=2"
+    result = translated(*lines, settings=score_it)
     rows = [line.split("\t") for line in output(result).splitlines()]
     score = transformer.bleu([text for _, _, text in rows[::2]], lines, tokenize)
     assert result.stderr == f"BLEU {score:.2f} (tokenizer {tokenize}, 4 lines)\n"
     path.write_text("one\n")
-    result = translated(*lines, reference=path)
+    result = translated(*lines, settings=score_it)
     assert "the input has 4 lines" in one_line_error(result)
-    assert result.stdout == ""                      # of a file this shows before the work
+    assert result.stdout == ""  # of a file this shows before the work
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_full_disk_costs_one_line_and_a_closed_output_none(toy):
-    args = ["transformer.py", f"--checkpoint={toy}"]
+    command = f"transformer.py --checkpoint={toy}"
     options = dict(input="hello\n", capture_output=False, stderr=subprocess.PIPE)
     with open("/dev/full", "w") as full:
-        assert "No space left" in one_line_error(run(*args, stdout=full, **options))
+        assert "No space left" in one_line_error(run(command, stdout=full, **options))
     reader, writer = os.pipe()
     os.close(reader)
-    result = run(*args, stdout=writer, **options)
+    result = run(command, stdout=writer, **options)
     os.close(writer)
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -1738,11 +1831,20 @@ TRANSLATOR_MISTAKES = {
 
 def test_translator_mistakes_cost_one_line(toy, here):
     for arg, word in TRANSLATOR_MISTAKES.items():
-        assert word in one_line_error(here("transformer.py", f"--checkpoint={toy}", arg)), arg
+        assert word in one_line_error(here(f"transformer.py --checkpoint={toy} {arg}")), arg
 
 
-BYTES = [b"a b c d ", b"\x00\xff\xfe\x80", "\u2028\ufeff日😀".encode(), b"\r\n", b"\r", b"\n",
-         b" \t", b"<s></s><pad>", b"word " * 50]
+BYTES = [
+    b"a b c d ",
+    b"\x00\xff\xfe\x80",
+    "\u2028\ufeff日😀".encode(),
+    b"\r\n",
+    b"\r",
+    b"\n",
+    b" \t",
+    b"<s></s><pad>",
+    b"word " * 50,
+]
 
 
 def random_bytes(n):
@@ -1787,16 +1889,24 @@ log_interval eval_interval checkpoint_interval beam_size length_penalty seed dev
 
 def test_help_lists_every_setting_with_its_meaning():
     assert set(AGREED.split()) <= set(train.settings)
-    env = os.environ | {"PYTHONIOENCODING": "cp1252"}       # an old Windows console
+    env = os.environ | {"PYTHONIOENCODING": "cp1252"}  # an old Windows console
     for script in (train, transformer, bench):
         path = script.__file__
-        help_text = output(run(path, "--help", env=env, encoding="cp1252"))
+        help_text = output(run(f"{path} --help", env=env, encoding="cp1252"))
         for name in script.settings:
             assert re.search(rf"^{name} = .*# ", help_text, re.M), name
 
 
-TORCHRUN_OPTIONS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "max-restarts",
-                    "rdzv-backend", "help", "name"}
+TORCHRUN_OPTIONS = {
+    "nproc_per_node",
+    "nnodes",
+    "node_rank",
+    "master_addr",
+    "max-restarts",
+    "rdzv-backend",
+    "help",
+    "name",
+}
 
 
 def test_the_readmes_commands_have_settings_that_exist():
@@ -1809,7 +1919,7 @@ def test_the_readmes_commands_have_settings_that_exist():
     for line in blocks.splitlines() + re.findall(r"`(python [^`]*)`", readme.replace("\n", " ")):
         words = shlex.split(line, comments=True)
         for name in scripts.keys() & set(words):
-            args = [word for word in words[words.index(name):] if word.startswith("--")]
+            args = [word for word in words[words.index(name) :] if word.startswith("--")]
             if "--help" not in args:
                 transformer.override(scripts[name].settings, args, "")
                 n += 1
@@ -1825,7 +1935,7 @@ TRAINING_MISTAKES = {
     "--src=a --tgt=empty": "one ends after 0",
     "--src=a --tgt=.": "cannot read .",
     "--src=latin --tgt=a": "line 2 of latin is not UTF-8; if it is Latin-1, this makes it so: "
-                           "iconv -f latin1 -t utf-8 latin >",
+    "iconv -f latin1 -t utf-8 latin >",
     "--src=a --tgt=a --vocab_size=9": "259",
     "--src=x": "belong together",
     "--n_heads=3": "divisible",
@@ -1852,19 +1962,37 @@ def test_training_mistakes_cost_one_line(tmp_path, here, monkeypatch):
     Path("latin").write_bytes(b"x\n\xe9\n")
     Path("empty").touch()
     for args, word in TRAINING_MISTAKES.items():
-        assert word in one_line_error(here("train.py", "--out_dir=new", *args.split())), args
+        assert word in one_line_error(here(f"train.py --out_dir=new {args}")), args
         assert left_in("new") <= {"lock"}, args
 
 
-VALUES = ["", "0", "1", "-1", "1e9", "nan", "inf", "-inf", "True", "None", "a=b", "x" * 1000,
-          "\x00", "\u2028", "1_0", "0x10", "../..", "\udc80"]
+VALUES = [
+    "",
+    "0",
+    "1",
+    "-1",
+    "1e9",
+    "nan",
+    "inf",
+    "-inf",
+    "True",
+    "None",
+    "a=b",
+    "x" * 1000,
+    "\x00",
+    "\u2028",
+    "1_0",
+    "0x10",
+    "../..",
+    "\udc80",
+]
 
 
 def try_setting(script, arg):
     """Does with a setting what the script does before its work."""
     vars(script).update(transformer.override(script.settings, [arg], script.__file__))
     if script is train:
-        train.accumulate = train.accumulate or 1    # 0 has been worked out before
+        train.accumulate = train.accumulate or 1  # 0 has been worked out before
     script.check_settings()
 
 
@@ -1888,8 +2016,10 @@ def test_hard_settings_are_taken_or_refused_in_one_line(refused):
 
 def random_pairs(n, vocab=60, longest=20):
     """Pairs of lists of ids. None is empty."""
-    return [[random.choices(range(3, vocab), k=random.randint(1, longest)) for _ in range(2)]
-            for _ in range(n)]
+    return [
+        [random.choices(range(3, vocab), k=random.randint(1, longest)) for _ in range(2)]
+        for _ in range(n)
+    ]
 
 
 def corpus_of(pairs):
@@ -1910,7 +2040,7 @@ def check_batches(corpus, pairs):
         assert x.dtype == y.dtype == torch.int64
         assert x.tolist() == padded([[*pairs[i][0], EOS] for i in rows])
         assert y.tolist() == padded([[BOS, *pairs[i][1], EOS] for i in rows])
-        assert corpus.n_src[rows].tolist() == x.ne(PAD).sum(1).tolist()     # with EOS
+        assert corpus.n_src[rows].tolist() == x.ne(PAD).sum(1).tolist()  # with EOS
         assert corpus.n_tgt[rows].tolist() == y[:, 1:].ne(PAD).sum(1).tolist()
 
 
@@ -1939,7 +2069,7 @@ def test_ids_come_from_the_disk_and_do_not_wrap(tmp_path, settings, refused):
     assert 20 < len(fit) < 300
     train.write_data(iter(pairs), None)
     corpus, tokenizer, left_out = train.read_data()
-    assert tokenizer is None                                    # ids without a text: the copy task
+    assert tokenizer is None  # ids without a text: the copy task
     assert sum(left_out.values()) == 303 - len(fit)
     check_batches(corpus, fit)
     assert corpus.ids.dtype == np.int32
@@ -1960,13 +2090,13 @@ def test_stray_spaces_go_and_only_a_newline_ends_a_line(tmp_path):
     text = "\ufeff"
     for _ in range(200):
         words = random.choices(["a", "\u0301", "\x00", "\u65e5\u672c", "<s>", "\u200b"], k=5)
-        words = words[:random.randrange(6)]
+        words = words[: random.randrange(6)]
         want.append(" ".join(words))
         ends = random.choices(["", " ", "\t \u00a0", "\r", "\u3000"], k=2)
         between = random.choice([" ", "  ", "\u00a0", "\u3000", "\t\v", "\u2028", "\x85", "\r"])
         text += ends[0] + between.join(words) + ends[1] + "\n"
-    for pack in (bytes, gzip.compress):                         # no name says which
-        path.write_bytes(pack((text + "the end").encode()))     # which has no newline
+    for pack in (bytes, gzip.compress):  # no name says which
+        path.write_bytes(pack((text + "the end").encode()))  # which has no newline
         assert list(train.read_lines(path)) == [*want, "the end"]
 
 
@@ -1982,11 +2112,13 @@ def test_hard_corpora_give_ids_or_one_line(tmp_path, settings, capfd):
     for i in range(HARD):
         files = [random_file(), random_file()]
         if i == 0:
-            files = [b"red cat\n\ncaf\xc3\xa9 \xe2\x80\xa8 x\ncrlf\r\n" + b"word " * 99,
-                     b"RED CAT\nx\nfine\nCRLF\nw"]
+            files = [
+                b"red cat\n\ncaf\xc3\xa9 \xe2\x80\xa8 x\ncrlf\r\n" + b"word " * 99,
+                b"RED CAT\nx\nfine\nCRLF\nw",
+            ]
         for path, data in zip(paths, files, strict=True):
             packed = gzip.compress(data)
-            path.write_bytes(random.choice([data, data, packed, damaged(packed)][:i + 1]))
+            path.write_bytes(random.choice([data, data, packed, damaged(packed)][: i + 1]))
         capfd.readouterr()
         try:
             corpus, tokenizer, left_out = prepare_text()
@@ -2004,8 +2136,12 @@ def test_hard_corpora_give_ids_or_one_line(tmp_path, settings, capfd):
 
 
 def random_corpus(lengths, ratios):
-    return corpus_of([([3] * int(n), [4] * math.ceil(int(n) * ratio))
-                      for n, ratio in zip(lengths, ratios, strict=True)])
+    return corpus_of(
+        [
+            ([3] * int(n), [4] * math.ceil(int(n) * ratio))
+            for n, ratio in zip(lengths, ratios, strict=True)
+        ]
+    )
 
 
 def as_lists(batches):
@@ -2030,7 +2166,7 @@ def test_batches_hold_every_pair_once_and_little_padding(size):
     second, other = [as_lists(train.plan_epoch(corpus, size, seed, 1)) for seed in (1, 2)]
     assert first == as_lists(train.plan_epoch(corpus, size, 1, 0))
     assert first != second != other
-    alone = train.plan_epoch(corpus, 3, 1, 0)                   # most are longer than 3 ids
+    alone = train.plan_epoch(corpus, 3, 1, 0)  # most are longer than 3 ids
     assert all(len(rows) == 1 for rows in alone if corpus.n_src[rows].max() > 1)
 
 
@@ -2065,13 +2201,13 @@ def test_the_schedule_is_equation_3(settings, tmp_path, here):
     rate = train.learning_rate_at
     settings(warmup_steps=4000, decay="inverse_sqrt")
     for step in (1, 2, 100, 3999, 4000, 4001, 100_000):
-        assert rate(step, (512 * 4000)**-0.5) == equation_3(step, 512, 4000)
+        assert rate(step, (512 * 4000) ** -0.5) == equation_3(step, 512, 4000)
     settings(warmup_steps=500, decay="linear", max_steps=4999)
     assert [rate(step, 2.0) for step in (1, 250, 500, 2500)] == [0.004, 1.0, 2.0, 2.0]
     assert rate(3750, 2.0) == approx(1.0)
-    assert rate(4999, 2.0) == approx(4 / 5000)                  # the last step is one, too
+    assert rate(4999, 2.0) == approx(4 / 5000)  # the last step is one, too
     paper = "--learning_rate=0 --muon=0 --decay=inverse_sqrt --warmup_steps=4 --max_steps=6"
-    output(here("train.py", *PLAIN, *paper.split(), f"--out_dir={tmp_path}"))
+    output(here(f"train.py {PLAIN} {paper} --out_dir={tmp_path}"))
     rates = dict(logged(tmp_path, "learning_rate"))
     assert rates == {step: equation_3(step, 32, 4) for step in range(1, 7)}
 
@@ -2083,8 +2219,11 @@ def weights_of(optimizer):
 def test_muon_has_the_matrices_of_the_layers_and_adam_the_rest(settings):
     model = small(learned_positions=9, tied_output=False, src_vocab_size=40)
     every = {id(weight) for weight in model.parameters()}
-    matrices = {id(weight) for name, weight in model.named_parameters()
-                if re.match(r"(en|de)coder\.\d", name) and weight.dim() == 2}
+    matrices = {
+        id(weight)
+        for name, weight in model.named_parameters()
+        if re.match(r"(en|de)coder\.\d", name) and weight.dim() == 2
+    }
     settings(muon=0.01)
     adam, muon = train.make_optimizers(model, CPU)
     assert type(muon) is train.Muon
@@ -2102,7 +2241,7 @@ def test_a_step_of_muon_is_orthogonal(shape):
     s = s / s.norm(dim=1, keepdim=True)
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    assert s.max() < 1.3 and s.median() > 0.6           # a matrix may have one close to 0
+    assert s.max() < 1.3 and s.median() > 0.6  # a matrix may have one close to 0
     close(train.orthogonal(matrices), u @ torch.diag_embed(s) @ v)
     assert train.orthogonal(torch.zeros(2, *shape)).eq(0).all()
 
@@ -2113,19 +2252,20 @@ def test_muon_takes_the_steps_of_torch_optim_muon(dtype):
     ours = [nn.Parameter(start.clone()) for start in starts]
     theirs = [nn.Parameter(start.clone()) for start in starts]
     muon = train.Muon(ours, dtype)
-    reference = torch.optim.Muon(theirs, momentum=0.95, weight_decay=0.1,
-                                 adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(
+        theirs, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
     for lr in (0.01, 0.05, 0.02, 0.03):
-        for a, b in zip(ours[:4], theirs, strict=False):        # the fifth gets no gradient
+        for a, b in zip(ours[:4], theirs, strict=False):  # the fifth gets no gradient
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
         for optimizer in (muon, reference):
             optimizer.param_groups[0]["lr"] = lr
         loss = torch.ones(())
-        assert muon.step(lambda: loss) is loss                  # noqa: B023
+        assert muon.step(lambda: loss) is loss  # noqa: B023
         reference.step()
     for a, b, start in zip(ours[:4], theirs, starts, strict=False):
-        assert (a - b).norm() / (b - start).norm() < 0.05       # theirs are in bfloat16
+        assert (a - b).norm() / (b - start).norm() < 0.05  # theirs are in bfloat16
     assert torch.equal(ours[4], starts[4])
 
 
@@ -2174,12 +2314,12 @@ def test_dropout_keeps_the_mean_and_draws_independently(kind):
         drop.seed.random_()
     b = drop(x)
     for y in (a, b):
-        assert y.unique().tolist() == [0.0, approx(1 / 0.7, rel=2 / 65536)]    # 16 bits
+        assert y.unique().tolist() == [0.0, approx(1 / 0.7, rel=2 / 65536)]  # 16 bits
         assert y.mean().item() == approx(1, abs=0.02)
-        assert y.mean(0).std().item() < 0.07                # no column stands out
-        assert y.mean(1).std().item() < 0.045               # and no row
+        assert y.mean(0).std().item() < 0.07  # no column stands out
+        assert y.mean(1).std().item() < 0.045  # and no row
     kept = (a > 0).float()
-    for both in (kept * (b > 0), kept[:, 1:] * kept[:, :-1]):   # two draws, two neighbours
+    for both in (kept * (b > 0), kept[:, 1:] * kept[:, :-1]):  # two draws, two neighbours
         assert both.mean().item() == approx(0.49, abs=0.02)
     assert torch.equal(drop.eval()(x), x)
 
@@ -2187,10 +2327,10 @@ def test_dropout_keeps_the_mean_and_draws_independently(kind):
 def test_source_and_target_lose_different_places(src, tgt):
     model = small(dropout=0.5).train()
     loss_fn = train.Loss(model, 0.1)
-    loss_fn.compile_parts()             # nothing is compiled before the first call
+    loss_fn.compile_parts()  # nothing is compiled before the first call
     model.encode = Mock(side_effect=KeyError)
     with raises(KeyError):
-        loss_fn(src, tgt)               # it has drawn the seeds
+        loss_fn(src, tgt)  # it has drawn the seeds
     x = torch.ones(50, 16)
     lost, also_lost = [drop.forward(x) == 0 for drop in (model.src_dropout, model.tgt_dropout)]
     assert 0 < lost.sum() < x.numel()
@@ -2242,9 +2382,9 @@ def test_micro_batches_add_up_to_one_flat_gradient(tied, frozen, settings):
     for weight, want in zip(model.parameters(), ordinary.parameters(), strict=True):
         if want.requires_grad:
             close(weight.grad, want.grad)
-            assert weight.grad.data_ptr() == gradient[n:].data_ptr()   # a view, without a gap
+            assert weight.grad.data_ptr() == gradient[n:].data_ptr()  # a view, without a gap
             n += weight.numel()
-    assert len(gradient) == n                                           # tied: once
+    assert len(gradient) == n  # tied: once
 
     for optimizer in train.make_optimizers(model, CPU):
         optimizer.param_groups[0]["lr"] = 0.01
@@ -2253,7 +2393,7 @@ def test_micro_batches_add_up_to_one_flat_gradient(tied, frozen, settings):
         assert torch.equal(weight, before) == (not weight.requires_grad)
 
 
-@pytest.mark.parametrize("is_cuda", [False, True])      # the loss has another way there
+@pytest.mark.parametrize("is_cuda", [False, True])  # the loss has another way there
 def test_a_batch_that_is_filled_up_has_the_same_loss_and_gradient(is_cuda, settings, monkeypatch):
     longest = random.randrange(9, 25)
     size = random.randrange(2 * longest, 200)
@@ -2266,7 +2406,7 @@ def test_a_batch_that_is_filled_up_has_the_same_loss_and_gradient(is_cuda, setti
         batch = corpus.batch(rows)
         filled = train.filled_up(*batch, size)
         for ids, wide in zip(batch, filled, strict=True):
-            assert torch.equal(wide[:ids.size(0), :ids.size(1)], ids)
+            assert torch.equal(wide[: ids.size(0), : ids.size(1)], ids)
             assert wide.ne(PAD).sum() == ids.ne(PAD).sum()
         S, T = filled[0].size(1), filled[1].size(1) - 1
         for width, old in ((S, batch[0].size(1)), (T, batch[1].size(1) - 1)):
@@ -2302,8 +2442,14 @@ def some_steps(model, graphs, steps):
 
 
 # What a stand-in computes: of the loss, of the gradient. Then: the most graphs, how many are made.
-GRAPHS = [((1, 1), 256, 2), ((1, 1), 1, 1), ((1, 2), 256, 1), ((2, 1), 256, 1), ((3, 3), 256, 1),
-          ((math.nan, 1), 256, 1)]
+GRAPHS = [
+    ((1, 1), 256, 2),
+    ((1, 1), 1, 1),
+    ((1, 2), 256, 1),
+    ((2, 1), 256, 1),
+    ((3, 3), 256, 1),
+    ((math.nan, 1), 256, 1),
+]
 
 
 @pytest.mark.parametrize("times, most, made", GRAPHS)
@@ -2357,7 +2503,7 @@ def check_compiled_step():
     for B, S, T in ((6, 9, 8), (5, 7, 11), (7, 12, 6)):
         check_slope(loss_fn, (random_batch(B, 40, S), random_batch(B, 40, T + 1)))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[2] <= 8                          # new shapes add no graphs
+    assert graphs[0] == graphs[2] <= 8  # new shapes add no graphs
 
     # The same batch has the same gradient, bit for bit, on several threads too: with so large a
     # batch and model that the compiler makes use of them.
@@ -2372,7 +2518,7 @@ def check_compiled_step():
         gradients.append(loss_fn.model.embedding.weight.grad.clone())
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
-    for p in (0.1, 0.5):                    # the compiler's cache has the program of the first
+    for p in (0.1, 0.5):  # the compiler's cache has the program of the first
         torch._dynamo.reset()
         y = torch.compile(train.HashedDropout(p), dynamic=True)(torch.ones(100, 1000))
         assert (y == 0).float().mean().item() == approx(p, abs=0.02)
@@ -2394,15 +2540,17 @@ def test_the_compiled_step_has_the_right_gradient_and_few_graphs(early):
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-# ---- whole runs ------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-            "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--max-restarts=3"]
+TORCHRUN = (
+    "-m torch.distributed.run --nproc_per_node=2 --master_port=0 --rdzv_backend=c10d "
+    "--rdzv_endpoint=localhost:0 --max-restarts=3"
+)
 
 
 @begins_early
 def copying_is_learnt(folder):
-    return folder, output(run("train.py", f"--out_dir={folder}"))
+    return folder, output(run(f"train.py --out_dir={folder}"))
 
 
 def test_copying_is_learnt(early):
@@ -2415,14 +2563,16 @@ def test_copying_is_learnt(early):
     assert sorted(os.listdir(folder)) == RUN_FILES
 
 
-SHORT = ["bench.py", "--size=copy", "--batch=4", "--length=8", "--vocab_size=20", "--steps=1",
-         "--compile=False", "--decode_batch=2", "--decode_len=4"]
+SHORT = (
+    "bench.py --size=copy --batch=4 --length=8 --vocab_size=20 --steps=1 --compile=False "
+    "--decode_batch=2 --decode_len=4"
+)
 
 
 @begins_early
 def bench_prints_a_table(folder):
-    return [output(run(*argv)) for argv in
-            (SHORT, [*SHORT, "--plan=True", "--plan_tokens=1e6"], TORCHRUN + SHORT)]
+    commands = (SHORT, f"{SHORT} --plan=True --plan_tokens=1e6", f"{TORCHRUN} {SHORT}")
+    return [output(run(command)) for command in commands]
 
 
 def test_bench_prints_a_table_and_json(early, here):
@@ -2436,58 +2586,56 @@ def test_bench_prints_a_table_and_json(early, here):
     assert planned["hours"] > 0
     assert two["scaling_efficiency"] > 0
     for bad in ("size=huge", "device=warp", "dtype=int9", "steps=0", "vocab_size=2"):
-        assert bad.split("=")[0] in one_line_error(here("bench.py", f"--{bad}"))
+        assert bad.split("=")[0] in one_line_error(here(f"bench.py --{bad}"))
 
 
 def test_a_small_text_is_learnt_and_its_model_fine_tuned(tmp_path, here):
     out, tuned = tmp_path / "out", tmp_path / "tuned"
-    text = write_text(tmp_path / "text", n=300)
-    write_text(tmp_path / "unseen", n=20)
-    val = named(tmp_path / "unseen", prefix="val_")
-    printed = output(here("train.py", *PLAIN, *text, *val, f"--out_dir={out}"))   # by the recipe
+    text = write_text(tmp_path / "text", n=300) + write_text(tmp_path / "unseen", 20, prefix="val_")
+    printed = output(here(f"train.py {PLAIN} {text} --out_dir={out}"))  # by the recipe
     assert last_of(out)["settings"]["max_steps"] > 300
-    (_, score), = logged(out, "bleu")
+    ((_, score),) = logged(out, "bleu")
     assert score > 20
     alpha = transformer.read_checkpoint(out / "model.pt")["length_penalty"]
-    assert alpha in (0.6, 1.0, 1.4)                     # the best in validation
+    assert alpha in (0.6, 1.0, 1.4)  # the best in validation
     for word in ("parameters", "validation nll", f"BLEU {score:.2f}", f"length penalty {alpha}"):
         assert word in printed
-    best, same, other = [
-        output(translate_lines(out / "model.pt", here, "red cat sits", n_best=2, length_penalty=a))
-        for a in (-1, alpha, 9)]
+    use = f"transformer.py --checkpoint={out}/model.pt --n_best=2 --length_penalty="
+    best, same, other = [output(here(f"{use}{a}", b"red cat sits\n")) for a in (-1, alpha, 9)]
     assert best == same != other
 
     # One word has another meaning.
     before = files_of(out)
-    text = write_text(tmp_path / "second", n=100, red="BLUE")
-    write_text(tmp_path / "second_unseen", n=20, red="BLUE")
-    val = named(tmp_path / "second_unseen", prefix="val_")
-    tune = ["train.py", *PLAIN, *text, f"--init_from={out}/model.pt"]
-    slowly = ["--learning_rate=1e-3", "--muon=2e-3", "--epochs=10", "--eval_interval=1"]
-    output(here(*tune, *val, *slowly, f"--out_dir={tuned}"))
+    text = write_text(tmp_path / "second", 100, red="BLUE")
+    text += write_text(tmp_path / "second_unseen", 20, red="BLUE", prefix="val_")
+    tune = f"train.py {PLAIN} {text} --init_from={out}/model.pt"
+    slowly = "--learning_rate=1e-3 --muon=2e-3 --epochs=10 --eval_interval=1"
+    output(here(f"{tune} {slowly} --out_dir={tuned}"))
     assert logged(tuned, "loss")[0][1] < 3  # without training, above 5.8: of 331 ids, one is right
     nlls = [nll for _, nll in logged(tuned, "val_nll")]
     assert nlls[-1] < nlls[0]
     assert files_of(out) == before
 
-    none = f"--out_dir={tmp_path}/none"
-    line = one_line_error(here(*tune, "--d_model=64", none))
+    tune += f" --out_dir={tmp_path}/none"
+    line = one_line_error(here(f"{tune} --d_model=64"))
     assert "model.pt has --d_model=32, which can't become 64" in line
     transformer.save(tmp_path / "ids.pt", small())
-    no_tokenizer = here(*tune, f"--init_from={tmp_path}/ids.pt", none)
-    assert "needs a model of text" in one_line_error(no_tokenizer)
+    line = one_line_error(here(f"{tune} --init_from={tmp_path}/ids.pt"))
+    assert "needs a model of text" in line
     assert left_in(tmp_path / "none") == {"lock"}
 
 
-LENGTHS = {"short": "--max_steps=4 --epochs=0 --learning_rate=0",
-           "slow": "--max_steps=4 --warmup_steps=7 --epochs=0 --learning_rate=0",
-           "epochs": "--epochs=0.2"}
+LENGTHS = {
+    "short": "--max_steps=4 --epochs=0 --learning_rate=0",
+    "slow": "--max_steps=4 --warmup_steps=7 --epochs=0 --learning_rate=0",
+    "epochs": "--epochs=0.2",
+}
 
 
 def test_how_long_a_run_and_its_warm_up_are(tmp_path, here):
     found = {}
     for name, args in LENGTHS.items():
-        output(here("train.py", *PLAIN, f"--out_dir={tmp_path}/{name}", *args.split()))
+        output(here(f"train.py {PLAIN} {args} --out_dir={tmp_path}/{name}"))
         found[name] = SimpleNamespace(**last_of(tmp_path / name)["settings"])
     assert found["short"].warmup_steps == 1
     assert found["short"].learning_rate == approx((32 * train.warmup_steps) ** -0.5)
@@ -2499,39 +2647,38 @@ def test_how_long_a_run_and_its_warm_up_are(tmp_path, here):
 
 def test_a_compiler_that_does_not_work_stops_no_run(tmp_path):
     broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": f"{tmp_path}/cache"}
-    args = [*PLAIN, "--compile=True", "--max_steps=1", f"--out_dir={tmp_path}/out"]
-    result = run("train.py", *args, env=os.environ | broken)
+    command = f"train.py {PLAIN} --compile=True --max_steps=1 --out_dir={tmp_path}/out"
+    result = run(command, env=os.environ | broken)
     assert output(result).count("does not work here") == 1
     assert "compiled: False" in result.stdout
     assert result.stderr == ""
 
 
 def test_what_is_linuxs_own_has_a_plain_way_beside_it(tmp_path, here, monkeypatch):
-    if hasattr(os, "sched_setaffinity"):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3})
-        assert train.available_cores() == 2
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3}, raising=False)
+    assert train.available_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert train.available_cores() == 7
+    monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setattr(train.ctypes, "CDLL", Mock(side_effect=OSError))
-    output(here("train.py", *PLAIN, "--max_steps=1", f"--out_dir={tmp_path}"))
+    output(here(f"train.py {PLAIN} --max_steps=1 --out_dir={tmp_path}"))
 
 
-# ---- the folder is the run -------------------------------------------------------
+# ---- the folder is the run -----------------------------------------------------------
 
 
 def test_the_folder_is_the_run(tmp_path, here, monkeypatch):
     out = tmp_path / "out"
-    alone = ["train.py", f"--out_dir={out}"]
-    zeros = ["--accumulate=0", "--learning_rate=0", "--max_steps=4"]    # 0: to be worked out
-    args = [*alone, *PLAIN, *zeros, "--checkpoint_interval=2", "--eval_interval=2"]
+    alone = f"train.py --out_dir={out}"
+    zeros = "--accumulate=0 --learning_rate=0 --max_steps=4"  # 0: to be worked out
+    command = f"{alone} {PLAIN} {zeros} --checkpoint_interval=2 --eval_interval=2"
     out.mkdir()
     (out / "data.pt").write_text("of a start that broke off")
     (out / "log.jsonl").write_text("likewise")
     with monkeypatch.context() as patch:
         in_step(1, Mock(side_effect=KeyError), patch)
-        result = here(*args)
+        result = here(command)
     assert result.returncode == 1
     assert result.stdout.startswith(f"a new run in {out}\n")
     state = last_of(out)
@@ -2539,63 +2686,68 @@ def test_the_folder_is_the_run(tmp_path, here, monkeypatch):
 
     with monkeypatch.context() as patch:
         in_step(4, Mock(side_effect=KeyError), patch)
-        assert here(*args).stdout.startswith(f"going on with the run in {out}, after step 0 of 4\n")
+        said = here(command).stdout
+    assert said.startswith(f"going on with the run in {out}, after step 0 of 4\n")
     assert last_of(out)["step"] == 2
     assert steps_of(out) == [1, 2, 3]
     with open(out / "log.jsonl", "a") as log:
-        log.write('{"step": 3, "lo')                    # as a full disk leaves it
-    assert output(here(*alone)).startswith(f"going on with the run in {out}, after step 2 of 4\n")
+        log.write('{"step": 3, "lo')  # as a full disk leaves it
+    assert output(here(alone)).startswith(f"going on with the run in {out}, after step 2 of 4\n")
     assert steps_of(out) == [1, 2, 3, 4]
     assert steps_of(out, "val_nll") == [2, 4]
     assert sorted(os.listdir(out)) == RUN_FILES
 
     # It has ended. Only more steps go on with it: then the rest that is new counts at once.
     before = files_of(out)
-    rates = ["--learning_rate=1e-3", "--dropout=0.4"]
-    for again in (args, alone, [*alone, "--max_steps=3"], [*alone, *rates]):
-        assert output(here(*again)) == (
+    rates = f"{alone} --learning_rate=1e-3 --dropout=0.4"
+    for again in (command, alone, f"{alone} --max_steps=3", rates):
+        assert output(here(again)) == (
             f"{out} holds a run that has ended, 4 of 4 steps; a longer --max_steps goes on with "
-            "it, another --out_dir begins a new one\n")
+            "it, another --out_dir begins a new one\n"
+        )
         assert files_of(out) == before
     with monkeypatch.context() as patch:
         in_step(1, Mock(side_effect=KeyError), patch)
-        here(*alone, *rates, "--max_steps=6")
+        here(f"{rates} --max_steps=6")
     state = last_of(out)
     settings = state["settings"]
     assert (state["step"], state["ended"]) == (4, False)
     assert (settings["learning_rate"], settings["dropout"], settings["max_steps"]) == (1e-3, 0.4, 6)
-    output(here(*alone))
+    output(here(alone))
     assert steps_of(out) == [1, 2, 3, 4, 5, 6]
     assert last_of(out)["settings"] == settings
     assert last_of(out)["ended"]
 
 
 def test_the_best_model_in_validation_is_kept_and_patience_ends(tmp_path, here):
-    args = ["train.py", *PLAIN, f"--out_dir={tmp_path}", "--eval_interval=1"]
-    output(here(*args, "--max_steps=3"))
+    command = f"train.py {PLAIN} --out_dir={tmp_path} --eval_interval=1"
+    output(here(f"{command} --max_steps=3"))
     best = (tmp_path / "model.pt").read_bytes()
-    assert "enough" in output(here(*args, "--max_steps=9", "--patience=2", "--learning_rate=9"))
+    assert "enough" in output(here(f"{command} --max_steps=9 --patience=2 --learning_rate=9"))
     nlls = dict(logged(tmp_path, "val_nll"))
     assert nlls[3] == min(nlls.values()) == last_of(tmp_path)["best"]
     assert (tmp_path / "model.pt").read_bytes() == best
     assert list(nlls) == [1, 2, 3, 4, 5]
-    assert "ended, 5 of 9 steps" in output(here(*args))
-    output(here(*args, *STILL, "--max_steps=10"))       # more steps begin patience again
+    assert "ended, 5 of 9 steps" in output(here(command))
+    output(here(f"{command} {STILL} --max_steps=10"))  # more steps begin patience again
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_what_is_no_run_to_go_on_with_costs_one_line(tmp_path, here):
-    args = ["train.py", *PLAIN, "--max_steps=1", f"--out_dir={tmp_path}"]
-    output(here(*args))
+    command = f"train.py {PLAIN} --out_dir={tmp_path} --max_steps="
+    output(here(f"{command}1"))
     good = files_of(tmp_path)
     last = good["last.pt"][0]
     data = good["data.pt"][0]
     other_version = last_of(tmp_path) | {"version": train.VERSION - 1}
     for name, content, word in [
         ("last.pt", None, "has a model.pt, but no last.pt to go on from"),
-        ("last.pt", last[:-9], "last.pt"), ("last.pt", last[:5000] + b"?" + last[5001:], "last.pt"),
-        ("last.pt", [1], "not of a run"), ("last.pt", other_version, "not of a run"),
-        ("data.pt", None, "data.pt"), ("data.pt", data[:len(data) // 2], "data.pt"),
+        ("last.pt", last[:-9], "last.pt"),
+        ("last.pt", last[:5000] + b"?" + last[5001:], "last.pt"),
+        ("last.pt", [1], "not of a run"),
+        ("last.pt", other_version, "not of a run"),
+        ("data.pt", None, "data.pt"),
+        ("data.pt", data[: len(data) // 2], "data.pt"),
     ]:
         path = tmp_path / name
         path.unlink()
@@ -2604,8 +2756,7 @@ def test_what_is_no_run_to_go_on_with_costs_one_line(tmp_path, here):
         elif content is not None:
             transformer.write_atomically(path, content)
         before = files_of(tmp_path)
-        longer = ["--max_steps=2"] if name == "data.pt" else []     # what has ended needs no data
-        assert word in one_line_error(here(*args, *longer)), (name, word)
+        assert word in one_line_error(here(f"{command}2")), (name, word)
         assert files_of(tmp_path) == before
         path.write_bytes(good[name][0])
 
@@ -2618,31 +2769,28 @@ CAN_NOT_CHANGE = """
 
 
 def test_what_makes_the_run_stays_and_all_else_may_change(tmp_path, here):
+    text = write_text(tmp_path / "text") + write_text(tmp_path / "val", 4, prefix="val_")
+    go_on = f"train.py --out_dir={tmp_path}/out"
+    often = "--max_steps=4 --eval_interval=2 --checkpoint_interval=2 --vocab_size=300"
+    output(here(f"{go_on} {PLAIN} {text} {often}"))
     out = tmp_path / "out"
-    text = write_text(tmp_path / "text")
-    write_text(tmp_path / "val", n=4)
-    val = named(tmp_path / "val", prefix="val_")
-    often = ["--max_steps=4", "--eval_interval=2", "--checkpoint_interval=2", "--vocab_size=300"]
-    output(here("train.py", *PLAIN, *text, *val, *often, f"--out_dir={out}"))
     before = files_of(out)
     old = last_of(out)["settings"]
     assert set(train.FIXED.split()) | {"muon"} == set(re.findall(r"--(\w+)=", CAN_NOT_CHANGE))
     for change in CAN_NOT_CHANGE.split():
         [(name, value)] = transformer.override(train.settings, [change], "").items()
-        line = one_line_error(here("train.py", f"--out_dir={out}", change))
+        line = one_line_error(here(f"{go_on} {change}"))
         assert f"has --{name}={old[name]!r}, which can't become {value!r}: " in line, change
         assert "another --out_dir" in line
     assert files_of(out) == before
 
     # The training text may be gone. The best score begins anew with other text to validate with.
     shutil.rmtree(tmp_path / "text")
-    go_on = ["train.py", f"--out_dir={out}", *STILL]
-    said = output(here(*go_on, "--max_steps=6", "--dtype=bfloat16"))
+    said = output(here(f"{go_on} {STILL} --max_steps=6 --dtype=bfloat16"))
     assert "after step 4 of 6" in said
     assert "no longer counts" not in said
-    write_text(tmp_path / "other")
-    other = named(tmp_path / "other", prefix="val_")
-    said = output(here(*go_on, *other, "--max_steps=8", "--bleu_tokenize=char"))
+    other = write_text(tmp_path / "other", prefix="val_")
+    said = output(here(f"{go_on} {STILL} {other} --max_steps=8 --bleu_tokenize=char"))
     assert "so the best score so far no longer counts" in said
     assert "tokenizer char" in said
     nlls = logged(out, "val_nll")
@@ -2651,32 +2799,34 @@ def test_what_makes_the_run_stays_and_all_else_may_change(tmp_path, here):
 
 
 def test_two_runs_in_one_folder(tmp_path, here, monkeypatch):
-    args = [*PLAIN, "--max_steps=100000", f"--out_dir={tmp_path}"]
-    [first] = start_ranks(1, *args)
+    settings = f"{PLAIN} --max_steps=100000 --out_dir={tmp_path}"
+    [first] = start_ranks(1, settings)
     wait_until((tmp_path / "log.jsonl").exists)
-    monkeypatch.setattr(time, "sleep", Mock())          # a lock is tried for half a minute
-    assert "another run is writing" in one_line_error(here("train.py", *args))
+    monkeypatch.setattr(time, "sleep", Mock())  # a lock is tried for half a minute
+    assert "another run is writing" in one_line_error(here(f"train.py {settings}"))
     assert time.sleep.call_count == 30
     first.kill()
     first.join()
 
 
 def test_clipping_shortens_long_gradients_alone_and_every_micro_batch_has_its_seed(
-        tmp_path, here, monkeypatch):
-    args = [*PLAIN, "--max_steps=4", "--accumulate=2", "--dropout=0.2"]
+    tmp_path, here, monkeypatch
+):
+    command = f"train.py {PLAIN} --max_steps=4 --accumulate=2 --dropout=0.2"
     for clip in ("0", "1e8", "0.1"):
         seeds = Mock(wraps=torch.manual_seed)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "manual_seed", seeds)
-            output(here("train.py", *args, f"--grad_clip={clip}", f"--out_dir={tmp_path}/{clip}"))
-        assert len(set(map(str, seeds.call_args_list))) == 1 + 4 * 2      # and that of the weights
-    assert differences(tmp_path / "0" / "model.pt", tmp_path / "1e8" / "model.pt") == []
-    assert differences(tmp_path / "0" / "model.pt", tmp_path / "0.1" / "model.pt") != []
+            output(here(f"{command} --grad_clip={clip} --out_dir={tmp_path}/{clip}"))
+        assert len(set(map(str, seeds.call_args_list))) == 1 + 4 * 2  # and that of the weights
+    plain, loose, tight = [tmp_path / clip / "model.pt" for clip in ("0", "1e8", "0.1")]
+    assert differences(plain, loose) == []
+    assert differences(plain, tight) != []
 
 
 def test_bad_numbers_stop_the_run_before_anything_is_written(tmp_path, here):
-    bad = ["--learning_rate=1e9", "--warmup_steps=1", "--muon=0", "--checkpoint_interval=1"]
-    line = one_line_error(here("train.py", *PLAIN, *bad, f"--out_dir={tmp_path}"))
+    bad = "--learning_rate=1e9 --warmup_steps=1 --muon=0 --checkpoint_interval=1"
+    line = one_line_error(here(f"train.py {PLAIN} {bad} --out_dir={tmp_path}"))
     state = last_of(tmp_path)
     assert f"at step {state['step'] + 1}, " in line
     assert steps_of(tmp_path) == list(range(1, state["step"] + 1))
@@ -2685,14 +2835,14 @@ def test_bad_numbers_stop_the_run_before_anything_is_written(tmp_path, here):
 
 def test_an_error_in_the_loss_shows_its_line(tmp_path, here, monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", Mock(side_effect=IndexError("a mistake of mine")))
-    result = here("train.py", *PLAIN, f"--out_dir={tmp_path}")
+    result = here(f"train.py {PLAIN} --out_dir={tmp_path}")
     assert result.returncode == 1
     assert result.stderr.startswith("Traceback")
     assert re.search(r'train\.py", line \d+, in forward\n', result.stderr)
     assert result.stderr.endswith("IndexError: a mistake of mine\n")
 
 
-# ---- several processes, and runs that die ----------------------------------------
+# ---- several processes, and runs that die --------------------------------------------
 
 
 def without_bfloat16():
@@ -2701,48 +2851,51 @@ def without_bfloat16():
 
 
 def test_the_number_of_processes_does_not_change_the_run(tmp_path):
-    args = [*PLAIN, "--accumulate=4", "--batch_tokens=512", "--dropout=0.2",
-            "--decay=inverse_sqrt", "--warmup_steps=5", "--grad_clip=0.5"]
+    settings = (
+        f"{PLAIN} --accumulate=4 --batch_tokens=512 --dropout=0.2 --decay=inverse_sqrt "
+        "--warmup_steps=5 --grad_clip=0.5"
+    )
     run_on = partial(processes, before=without_bfloat16)
     mixed = f"--out_dir={tmp_path}/mixed"
-    run_on(1, *args, "--max_steps=20", f"--out_dir={tmp_path}/1")
-    run_on(4, *args, "--max_steps=20", f"--out_dir={tmp_path}/4")
-    run_on(2, *args, "--max_steps=7", mixed)
-    run_on(1, "--max_steps=13", mixed)
-    run_on(4, "--max_steps=20", mixed)
-    want = logged(tmp_path / "1", "loss")
-    assert [step for step, _ in want] == list(range(1, 21))
-    for name in ("4", "mixed"):
+    run_on(1, f"{settings} --max_steps=20 --out_dir={tmp_path}/1")
+    run_on(4, f"{settings} --max_steps=20 --out_dir={tmp_path}/4")
+    run_on(2, f"{settings} --max_steps=7 {mixed}")
+    run_on(1, f"--max_steps=13 {mixed}")
+    run_on(4, f"--max_steps=20 {mixed}")
+    want = [loss for _, loss in logged(tmp_path / "1", "loss")]
+    for name in ("1", "4", "mixed"):
         assert steps_of(tmp_path / name) == list(range(1, 21))
-        values = [value for _, value in logged(tmp_path / name, "loss")]
-        assert values == approx([value for _, value in want], abs=1e-4), name
+        assert [loss for _, loss in logged(tmp_path / name, "loss")] == approx(want, abs=1e-4), name
     # Nothing was validated twice where one process took over from two, and four from one.
     assert steps_of(tmp_path / "mixed", "val_nll") == [7, 13, 20]
-    run_on(3, "--max_steps=21", mixed, status=2, said=tmp_path / "said")
+    run_on(3, f"--max_steps=21 {mixed}", status=2, said=tmp_path / "said")
     assert (tmp_path / "said").read_text() == (
-        "error: --accumulate=4 must be a multiple of the number of processes, 3\n")
+        "error: --accumulate=4 must be a multiple of the number of processes, 3\n"
+    )
 
 
 def test_one_process_speaks_for_all(tmp_path):
     said = tmp_path / "said"
-    args = [*PLAIN, "--accumulate=2", "--max_steps=2", f"--out_dir={tmp_path}/out"]
-    processes(2, *args, "--device=cuda:1", said=said, status=2)
+    settings = f"{PLAIN} --accumulate=2 --max_steps=2 --out_dir={tmp_path}/out"
+    processes(2, f"{settings} --device=cuda:1", said=said, status=2)
     begun, line = said.read_text().splitlines()
     assert begun.startswith("a new run in ")
     assert line.startswith("error: ") and "cuda:1" in line
     assert left_in(tmp_path / "out") == {"lock"}
-    processes(2, *args)
+    processes(2, settings)
     before = files_of(tmp_path / "out")
-    processes(2, *args, said=said)
+    processes(2, settings, said=said)
     assert said.read_text().count("has ended") == 1
     assert files_of(tmp_path / "out") == before
 
 
-LONG = [*PLAIN, "--max_steps=60", "--eval_interval=20", "--checkpoint_interval=10",
-        "--batch_tokens=256", "--dropout=0.1", "--muon=0.01", "--accumulate=2"]
+LONG = (
+    f"{PLAIN} --max_steps=60 --eval_interval=20 --checkpoint_interval=10 --batch_tokens=256 "
+    "--dropout=0.1 --muon=0.01 --accumulate=2"
+)
 EXITS = {
     signal.SIGKILL: [-9],
-    signal.SIGTERM: [143, -15],             # the latter before the training begins, or at its end
+    signal.SIGTERM: [143, -15],  # the latter before the training begins, or at its end
     signal.SIGINT: [130, -2],
     signal.SIGHUP: [129, -1],
 }
@@ -2752,14 +2905,14 @@ def kill(folder, kind, n):
     """Trains, and kills one of the n processes at a random moment. -> the status of that one"""
     said = folder.with_suffix(".said")
     said.write_text("")
-    ranks = start_ranks(n, *LONG, f"--out_dir={folder}", said=said)
+    ranks = start_ranks(n, f"{LONG} --out_dir={folder}", said=said)
     wait_until(lambda: "\nrun " in said.read_text() or ranks[0].exitcode is not None)
     time.sleep(random.random() * 0.4)
     killed = random.choice(ranks)
     if killed.exitcode is None:
         os.kill(killed.pid, kind)
     killed.join(60)
-    for process in ranks:                   # as torchrun does it to the others
+    for process in ranks:  # as torchrun does it to the others
         process.kill()
         process.join()
     return killed.exitcode
@@ -2769,7 +2922,7 @@ def kill(folder, kind, n):
 def test_hard_kills_lose_nothing(n, tmp_path):
     """Killed at random moments, politely and not, a run ends like the one that nobody touched."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    processes(n, *LONG, f"--out_dir={whole}")
+    processes(n, f"{LONG} --out_dir={whole}")
     kinds = [signal.SIGKILL] * KILLS
     if n == 1:
         kinds += [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -2777,43 +2930,42 @@ def test_hard_kills_lose_nothing(n, tmp_path):
     for kind in kinds:
         assert kill(parts, kind, n) in [0, *EXITS[kind]]
         assert {name.removesuffix(".tmp") for name in os.listdir(parts)} <= set(RUN_FILES)
-        if last_of(parts)["ended"]:         # it was at its end already: begin again
+        if last_of(parts)["ended"]:  # it was at its end already: begin again
             same_run(whole, parts)
             shutil.rmtree(parts)
-    processes(n, *LONG, f"--out_dir={parts}")
+    processes(n, f"{LONG} --out_dir={parts}")
     same_run(whole, parts)
 
 
 def test_a_run_that_dies_at_its_end_does_its_end_again_and_no_step(tmp_path, here, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    args = ["train.py", *PLAIN, "--max_steps=3"]
-    output(here(*args, f"--out_dir={whole}"))
+    output(here(f"train.py {PLAIN} --max_steps=3 --out_dir={whole}"))
     with monkeypatch.context() as patch:
         patch.setattr(transformer, "beam_search", Mock(side_effect=KeyError))
-        assert "KeyError" in here(*args, f"--out_dir={parts}").stderr
+        assert "KeyError" in here(f"train.py {PLAIN} --max_steps=3 --out_dir={parts}").stderr
         assert not last_of(parts)["ended"]
-        in_step(1, Mock(side_effect=KeyError), patch)           # no step is taken
+        in_step(1, Mock(side_effect=KeyError), patch)  # no step is taken
         patch.setattr(transformer, "beam_search", beam_search)
-        assert "exact-sequence accuracy" in output(here("train.py", f"--out_dir={parts}"))
+        assert "exact-sequence accuracy" in output(here(f"train.py --out_dir={parts}"))
     same_run(whole, parts)
 
 
 def test_a_signal_between_two_lines_leaves_a_model_and_loses_nothing(tmp_path, here, monkeypatch):
-    rare = ["--log_interval=100", "--eval_interval=100", "--checkpoint_interval=100"]
-    args = ["train.py", *PLAIN, *rare, "--dropout=0.1", "--max_steps=7", "--accumulate=2"]
+    rare = "--log_interval=100 --eval_interval=100 --checkpoint_interval=100"
+    command = f"train.py {PLAIN} {rare} --dropout=0.1 --max_steps=7 --accumulate=2"
     whole = tmp_path / "whole"
-    output(here(*args, f"--out_dir={whole}"))
+    output(here(f"{command} --out_dir={whole}"))
     for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         parts = tmp_path / kind.name
         with monkeypatch.context() as patch:
             in_step(3, partial(raise_signals, kind), patch)
-            result = here(*args, f"--out_dir={parts}")
+            result = here(f"{command} --out_dir={parts}")
         assert result.returncode == 128 + kind
         assert f"{kind.name} after step 3; to go on: python train.py --out_dir=" in result.stdout
         assert last_of(parts)["step"] == 3
         assert sorted(os.listdir(parts)) == RUN_FILES
         transformer.load(parts / "model.pt")
-        assert "after step 3 of 7" in output(here("train.py", f"--out_dir={parts}"))
+        assert "after step 3 of 7" in output(here(f"train.py --out_dir={parts}"))
         assert differences(whole / "last.pt", parts / "last.pt") == []
         assert logged(parts, "grad_norm") == logged(whole, "grad_norm")
 
@@ -2822,22 +2974,23 @@ def terminated_at_its_end():
     transformer.beam_search = lambda *args, **options: raise_signals(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGINT),
-                                           (signal.SIGHUP, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "first, second", [(signal.SIGTERM, signal.SIGINT), (signal.SIGHUP, signal.SIGTERM)]
+)
 def test_a_second_signal_and_one_at_the_end_stop_a_run_at_once(first, second, tmp_path):
-    args = [*PLAIN, "--max_steps=2", f"--out_dir={tmp_path}"]
+    settings = f"{PLAIN} --max_steps=2 --out_dir={tmp_path}"
     twice = partial(in_step, 1, partial(raise_signals, first, second))
-    processes(1, *args, before=twice, status=-second)
+    processes(1, settings, before=twice, status=-second)
     assert last_of(tmp_path)["step"] == 0
-    processes(1, *args, before=terminated_at_its_end, status=-signal.SIGTERM)
+    processes(1, settings, before=terminated_at_its_end, status=-signal.SIGTERM)
     assert not last_of(tmp_path)["ended"]
-    processes(1, *args)
+    processes(1, settings)
     assert last_of(tmp_path)["ended"]
     assert steps_of(tmp_path) == [1, 2]
 
 
 def hang_up_and_print_to_nobody():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)        # as nohup does
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     in_step(1, partial(raise_signals, signal.SIGHUP))
     reader, writer = os.pipe()
     os.close(reader)
@@ -2846,18 +2999,18 @@ def hang_up_and_print_to_nobody():
 
 @pytest.mark.parametrize("before", [hang_up_and_print_to_nobody, partial(os.close, 1)])
 def test_a_run_that_nobody_listens_to_goes_on(before, tmp_path):
-    processes(1, *PLAIN, "--max_steps=2", f"--out_dir={tmp_path}", before=before)
+    processes(1, f"{PLAIN} --max_steps=2 --out_dir={tmp_path}", before=before)
     assert last_of(tmp_path)["ended"]
 
 
-FORTY_STEPS = [*PLAIN, "--max_steps=40", "--checkpoint_interval=3", "--dropout=0.1"]
+FORTY_STEPS = f"{PLAIN} --max_steps=40 --checkpoint_interval=3 --dropout=0.1"
 
 
 @begins_early
 def torchrun_restarts_a_dead_rank(folder):
-    argv = [sys.executable, *TORCHRUN, "train.py", *FORTY_STEPS, f"--out_dir={folder}"]
+    command = f"{sys.executable} {TORCHRUN} train.py {FORTY_STEPS} --out_dir={folder}"
     pipe = subprocess.PIPE
-    process = subprocess.Popen(argv, cwd=HERE, text=True, stdout=pipe, stderr=pipe)
+    process = subprocess.Popen(command.split(), cwd=HERE, text=True, stdout=pipe, stderr=pipe)
     assert any(line.startswith("step      4") for line in process.stdout)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(random.choice(children)), signal.SIGKILL)
@@ -2868,14 +3021,14 @@ def torchrun_restarts_a_dead_rank(folder):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="only Linux tells children")
 def test_torchrun_restarts_a_dead_rank_and_nothing_changes(early, tmp_path):
-    processes(2, *FORTY_STEPS, f"--out_dir={tmp_path}")
+    processes(2, f"{FORTY_STEPS} --out_dir={tmp_path}")
     parts, printed = early["torchrun_restarts_a_dead_rank"].result()
     assert "going on with the run" in printed
-    assert printed.count("exact-sequence accuracy") == 1        # rank 0 alone speaks
+    assert printed.count("exact-sequence accuracy") == 1  # rank 0 alone speaks
     same_run(tmp_path, parts)
 
 
 @pytest.mark.skipif("HARD" not in os.environ, reason="takes minutes: HARD=1 runs it")
 def test_hard_two_processes_end_well_thirty_times(tmp_path):
     for i in range(30):
-        output(run(*TORCHRUN, "train.py", *PLAIN, "--max_steps=3", f"--out_dir={tmp_path}/{i}"))
+        output(run(f"{TORCHRUN} train.py {PLAIN} --max_steps=3 --out_dir={tmp_path}/{i}"))
