@@ -927,13 +927,14 @@ def go_on(given):
     if bool(new.get("muon", old["muon"])) != bool(old["muon"]):     # its rate may change, no more
         fixed["muon"] = old["muon"]
     refuse(new, fixed, f"the run in {out_dir}")
-    settle(old, new | {"out_dir": out_dir})
-    resolve(state["steps_per_epoch"])
 
-    if state["ended"] and max_steps <= old["max_steps"]:
+    longest = new.get("max_steps") or round(new.get("epochs", 0) * state["steps_per_epoch"])
+    if state["ended"] and longest <= old["max_steps"]:
         say(f"{out_dir} holds a run that has ended, {state['step']:,} of {old['max_steps']:,} "
             "steps; a longer --max_steps goes on with it, another --out_dir begins a new one")
         sys.exit(0)
+    settle(old, new | {"out_dir": out_dir})
+    resolve(state["steps_per_epoch"])
     say(f"going on with the run in {out_dir}, after step {state['step']:,} of {max_steps:,}")
     if max_steps > old["max_steps"]:
         state["n_worse"] = 0
