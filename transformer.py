@@ -680,7 +680,7 @@ class Cache:
             # Contiguous only for speed: otherwise every step would copy them before it multiplies.
             self.memory_kv.append((k.contiguous(), v.contiguous()))
             B, H, _, d_k = k.shape
-            self.self_kv.append((k.new_zeros(B, H, n_keys, d_k), v.new_zeros(B, H, n_keys, d_k)))
+            self.self_kv.append((k.new_empty(B, H, n_keys, d_k), v.new_empty(B, H, n_keys, d_k)))
         self.visible = torch.zeros(len(src), n_beams, n_keys, dtype=torch.bool, device=src.device)
 
     def open_position(self):
@@ -1567,6 +1567,9 @@ class StaticCache(Cache):
 
     def __init__(self, model, memory, src, n_beams, max_len):
         super().__init__(model, memory, src, n_beams, max_len)
+        for k, v in self.self_kv:
+            k.zero_()                   # what memory holds may be NaN, and 0 times NaN is NaN
+            v.zero_()
         self.position_tensor = torch.zeros(1, dtype=torch.int64, device=src.device)
         self.columns = torch.arange(-n_beams, 0, device=src.device)     # of the newest keys
         self.graph = None
