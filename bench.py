@@ -52,7 +52,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from train import (
-    GRAPH_SIZE, Graphs, Loss, flat_gradient, make_work, rank, set_up, why_not_compile, world)
+    GRAPH_SIZE, Graphs, Loss, flat_gradient, leave_group, make_work, rank, set_up, why_not_compile,
+    world)
 from transformer import (
     BOS, EOS, PAD, Config, Transformer, beam_search, cache_for, fail, for_inference, has_bfloat16,
     has_int8, override, sinusoids)
@@ -449,7 +450,7 @@ def main():
 
     if world > 1:
         found = compare_processes(table, config, inputs, numbers, ways[-1], n_ids, ideal, own)
-        dist.destroy_process_group()
+        leave_group()
     elif plan:
         found = plan_run(n_weights, min(own), n_ids, step_flops, peak_memory(here))
     else:

@@ -740,6 +740,13 @@ def set_up(name):
     return dev
 
 
+def leave_group():
+    """Ends what the processes do together; the first goes on alone."""
+    dist.destroy_process_group()
+    if rank > 0:
+        os._exit(0)     # at once: Python's own end may meet a thread of gloo, and abort
+
+
 def why_not_compile(dev):
     """Compiles a function of one line, to see if that works here. -> the reason why not, or ""."""
     size = 1000 + time.time_ns() % 1_000_000        # a size that no cache of compiled code has seen
@@ -1224,9 +1231,7 @@ if __name__ == "__main__":
 
     # ---- the end, on the first process alone -------------------------------------------------
     if world > 1:
-        dist.destroy_process_group()
-        if rank > 0:
-            os._exit(0)     # at once: Python's own end may meet a thread of gloo, and abort
+        leave_group()
         torch.set_num_threads(available_cores())
     del work                                            # graphs hold memory
     if stop_signal:                                     # it came with the last step, which is saved
