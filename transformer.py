@@ -1101,8 +1101,8 @@ class Tokenizer:
                         where[left, right].add(i)
                         fresh.add((left, right))
             del total[pair]
-            for pair in fresh:
-                heapq.heappush(heap, (-total[pair], pair))
+            for made in fresh:
+                heapq.heappush(heap, (-total[made], made))
         return cls(merges)
 
     def encode(self, text):
